@@ -1,0 +1,126 @@
+"""Where the lung begins and ends along the body axis: what stage II resizes and the reading schedule covers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pe_app.errors import InputError
+from pe_app.volume import Volume
+
+AIR_HU = -400
+"""Below this a voxel is lung or gas: half-way between soft tissue and inflated lung."""
+OPEN_AIR_HU = -930
+"""Smoothed air outside the body stays below this, lung (even where the field of view cuts it) above."""
+GAS_HU = -945
+"""A small region with a lower median is pure gas (trachea, stomach, bowel); parenchyma holds blood and tissue."""
+GRID_MM = 2.7
+"""Working grid in the slice: fine enough for an apex of 1 cm, coarse enough for a study in under a second."""
+STEP_MM = 2.0
+"""Slices are skipped while they stay closer than this."""
+LUNG_AREA_MM2 = 300.0
+"""A slice contains lung from this area on; below it, it is the tip of an apex or recess, or a wrong voxel."""
+LUNG_VOLUME_MM3 = 50_000.0
+"""Least volume of lung, that of one slab through it; less is bowel or a cut from elsewhere."""
+
+_IN_SLICE = ndimage.generate_binary_structure(3, 1)
+_IN_SLICE[[0, 2]] = False  # neighbours within the slice only
+
+
+class SliceRange(NamedTuple):
+    """Slices of a CT from the feet to the head, both ends included."""
+
+    first: int
+    last: int
+
+
+def lung_range(volume: Volume) -> SliceRange:
+    """First and last slice that contain lung.
+
+    Air outside the body, gas in stomach and bowel, foam in the table, and slices where the trachea alone is filled
+    with air do not count.
+
+    Raises:
+        InputError: if no lung is found.
+    """
+    areas = lung_areas_mm2(volume)
+    runs, count = ndimage.label(areas >= LUNG_AREA_MM2)
+    if count == 0:
+        raise InputError(
+            f"{volume.name}: no lung found in {volume.shape[0]} slices from z {volume.slice_z_mm[0]:.1f} to "
+            f"{volume.slice_z_mm[-1]:.1f} mm; is it a CT of the chest?"
+        )
+    lung = np.flatnonzero(runs == runs[areas.argmax()])  # one run: lung has no gaps along the body
+    return SliceRange(int(lung[0]), int(lung[-1]))
+
+
+def lung_areas_mm2(volume: Volume) -> NDArray[np.float64]:
+    """Area of lung on every slice, ``(slices,)``; all zeros where there is no lung."""
+    mask, step = lung_mask(volume)
+    pixel_mm2 = volume.spacing_mm[1] * volume.spacing_mm[2] * step[1] * step[2]
+    areas: NDArray[np.float64] = np.count_nonzero(mask, axis=(1, 2)) * pixel_mm2
+    return np.repeat(areas, step[0])[: volume.shape[0]]
+
+
+def lung_mask(volume: Volume) -> tuple[NDArray[np.bool_], tuple[int, int, int]]:
+    """Lung on every n-th slice, row and column, and those three n: ``voxels[::a, ::b, ::c]`` is the mask's grid."""
+    slices_mm, rows_mm, columns_mm = volume.spacing_mm
+    step = max(1, int(STEP_MM / slices_mm)), max(1, round(GRID_MM / rows_mm)), max(1, round(GRID_MM / columns_mm))
+    hu = volume.voxels[:: step[0], :: step[1], :: step[2]].astype(np.float32)
+    voxel_mm3 = float(np.prod(volume.spacing_mm)) * float(np.prod(step))
+
+    inside_air = (hu < AIR_HU) & ~_open_air(hu)
+    lung = _lung_components(hu, inside_air, voxel_mm3)
+    return _without_gas(hu, lung, voxel_mm3 / (slices_mm * step[0])), step
+
+
+def _open_air(hu: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Air outside the body, slice by slice (the mouth joins it to the lung in space), with the skin's soft edge."""
+    smooth = ndimage.uniform_filter(hu, (1, 3, 3))
+    air = smooth < OPEN_AIR_HU
+    frame = np.zeros_like(air)
+    frame[:, [0, -1], :] = frame[:, :, [0, -1]] = True
+    labels, count = ndimage.label(air, _IN_SLICE)
+    touches = np.zeros(count + 1, dtype=bool)
+    touches[labels[frame]] = True
+    touches[0] = False
+    return np.asarray(ndimage.binary_dilation(touches[labels], _IN_SLICE, iterations=2))
+
+
+def _lung_components(hu: NDArray[np.float32], air: NDArray[np.bool_], voxel_mm3: float) -> NDArray[np.bool_]:
+    """The pieces of enclosed air that are lung: large, not pure gas, and lined with soft tissue."""
+    labels, _ = ndimage.label(air)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    lung = np.zeros_like(air)
+    largest = 0
+    for label in np.argsort(sizes)[::-1][:12]:
+        if sizes[label] * voxel_mm3 < LUNG_VOLUME_MM3 or sizes[label] < 0.05 * largest:
+            break
+        piece = labels == label
+        if np.median(hu[piece]) > GAS_HU - 20 and _lined_with_tissue(hu, air, piece):
+            lung |= piece
+            largest = max(largest, int(sizes[label]))
+    return lung
+
+
+def _lined_with_tissue(hu: NDArray[np.float32], air: NDArray[np.bool_], piece: NDArray[np.bool_]) -> bool:
+    """Whether soft tissue lies behind the wall of ``piece``: table foam and blankets have air there."""
+    near = ndimage.binary_dilation(piece, _IN_SLICE)
+    behind = ndimage.binary_dilation(near, _IN_SLICE) & ~near
+    return bool(behind.any()) and float((hu[behind] > -300).mean()) > 0.6
+
+
+def _without_gas(hu: NDArray[np.float32], lung: NDArray[np.bool_], pixel_mm2: float) -> NDArray[np.bool_]:
+    """Drop the trachea and gas that leaks into the lung's component: small regions of a slice that are pure gas."""
+    labels, count = ndimage.label(lung, _IN_SLICE)
+    if count == 0:
+        return lung
+    sizes = np.bincount(labels.ravel())
+    medians = np.atleast_1d(ndimage.median(hu, labels, np.arange(count + 1)))
+    keep = (medians > GAS_HU) | (sizes * pixel_mm2 > 2500)
+    keep[0] = False
+    return np.asarray(keep[labels])
