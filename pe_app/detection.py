@@ -1,0 +1,235 @@
+"""What the model says of a study: the noun that leaves the method for the command line, the server and Slicer.
+
+``Detection.to_json`` is the contract with every reader of results; its schema is ``pe-detection/1``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pe_app.quality import Reason
+from pe_app.volume import Volume
+
+SCHEMA = "pe-detection/1"
+NOTICE = "Research use only, not for diagnosis."
+
+CANDIDATE_THRESHOLD = 0.3
+"""Attention x slab probability from which a region is a candidate [ours]."""
+
+MAX_CANDIDATES = 20
+"""More places than this help no reader; the strongest are kept [ours]."""
+
+Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one slab contributes.
+
+    Attributes:
+        slab: 0 nearest the feet.
+        z_mm: LPS z of its middle.
+        slice_index: CT slice nearest to its middle.
+        probability: stage I's probability of embolism in this slab.
+        attention_peak: maximum of its un-normalised attention map; 0 where the map is empty.
+        peak_lps_mm: where that maximum lies; None where the map is empty.
+    """
+
+    slab: int
+    z_mm: float
+    slice_index: int
+    probability: float
+    attention_peak: float
+    peak_lps_mm: Point | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A connected region of attention: where to look. Ranked by ``peak * slab_probability``.
+
+    Attributes:
+        rank: 1 for the strongest.
+        z_mm: LPS z of its strongest cell's slab.
+        slice_index: CT slice nearest to it.
+        centre_lps_mm: attention-weighted centre of the region.
+        extent_mm: its box along (left-right, front-back, feet-head), whole cells of about 11 mm.
+        peak: attention at the strongest cell, 1 where it is its slab's maximum.
+        slab_probability: stage I's probability of that slab.
+    """
+
+    rank: int
+    z_mm: float
+    slice_index: int
+    centre_lps_mm: Point
+    extent_mm: Point
+    peak: float
+    slab_probability: float
+
+
+@dataclass(frozen=True)
+class ImageIdentity:
+    """Which voxels were analysed: size (slices, rows, columns), spacing likewise, SHA-256 of the voxels."""
+
+    size: tuple[int, int, int]
+    spacing_mm: Point
+    sha256: str
+
+    @classmethod
+    def of(cls, volume: Volume) -> ImageIdentity:
+        """The identity of a CT."""
+        return cls(volume.shape, volume.spacing_mm, volume.sha256)
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model spoke: its card's name and version, the SHA-256 of its file, whether both stages are trained."""
+
+    name: str
+    version: str
+    sha256: str
+    trained: bool
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A study's probability with the evidence behind it, or the reasons why there is none.
+
+    Attributes:
+        status: ``refused`` when the method is not made for this study; then there is no probability.
+        reasons: everything a reader must know first: why it was refused, what limits it, what the model never saw.
+        probability: stage II's probability of embolism; None when refused.
+        threshold: probability from which the study counts as positive.
+        evidence: one entry a slab, feet to head; empty when refused.
+        candidates: ranked places to look at; empty when refused.
+        image: the voxels analysed.
+        model: the model that spoke.
+        seconds: duration of every step.
+    """
+
+    status: Literal["analysed", "refused"]
+    reasons: tuple[Reason, ...]
+    probability: float | None
+    threshold: float
+    evidence: tuple[Evidence, ...]
+    candidates: tuple[Candidate, ...]
+    image: ImageIdentity
+    model: ModelIdentity
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def positive(self) -> bool | None:
+        """Whether the probability reaches the threshold; None when refused."""
+        return None if self.probability is None else self.probability >= self.threshold
+
+    def to_json(self) -> dict[str, object]:
+        """The detection as plain finite JSON, schema ``pe-detection/1``.
+
+        Raises:
+            ValueError: if a number is not finite; a result with such a number must not leave the method.
+        """
+        payload: dict[str, object] = {"schema": SCHEMA, "notice": NOTICE, **asdict(self), "positive": self.positive}
+        return _plain(payload)  # type: ignore[return-value]
+
+    @classmethod
+    def from_json(cls, payload: Mapping[str, object]) -> Detection:
+        """The detection that ``to_json`` wrote.
+
+        Raises:
+            ValueError: if the payload has another schema or lacks a field.
+        """
+        if payload.get("schema") != SCHEMA:
+            raise ValueError(f"expected a detection of schema {SCHEMA}, got {payload.get('schema')!r}")
+        try:
+            read: dict[str, object] = {name: payload[name] for name in cls.__dataclass_fields__}
+            read["reasons"] = tuple(Reason(**entry) for entry in _entries(payload, "reasons"))
+            read["evidence"] = tuple(Evidence(**_points(entry)) for entry in _entries(payload, "evidence"))
+            read["candidates"] = tuple(Candidate(**_points(entry)) for entry in _entries(payload, "candidates"))
+            read["image"] = ImageIdentity(**_points(payload["image"]))
+            read["model"] = ModelIdentity(**payload["model"])  # type: ignore[arg-type]
+            return cls(**read)  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a complete detection of schema {SCHEMA}: {error}") from error
+
+
+def find_candidates(
+    attention: NDArray[np.floating],
+    slab_probability: NDArray[np.floating],
+    grid: Volume,
+    slice_index: Sequence[int],
+    threshold: float = CANDIDATE_THRESHOLD,
+) -> tuple[Candidate, ...]:
+    """Connected regions (26 neighbours) of ``attention * slab probability`` at or above a threshold, strongest first.
+
+    Args:
+        attention: ``(slabs, grid, grid)``, each map divided by its own maximum.
+        slab_probability: ``(slabs,)``.
+        grid: the coarse grid in patient space (``Slabs.to_volume``).
+        slice_index: CT slice of every slab.
+        threshold: above 0, at most 1.
+    """
+    weighted = attention * slab_probability[:, None, None]
+    regions, count = ndimage.label(weighted >= threshold, structure=np.ones((3, 3, 3)))
+    cell_mm = np.array(grid.spacing_mm)
+    found = []
+    for number, box in enumerate(ndimage.find_objects(regions, count), start=1):
+        cells = np.argwhere(regions == number)
+        strength = weighted[tuple(cells.T)]
+        slab, row, column = cells[strength.argmax()]
+        centre = grid.to_lps_mm(np.average(cells, axis=0, weights=strength))
+        extent = np.array([side.stop - side.start for side in box]) * cell_mm
+        found.append(
+            Candidate(
+                rank=0,
+                z_mm=float(grid.slice_z_mm[slab]),
+                slice_index=int(slice_index[slab]),
+                centre_lps_mm=_point(centre),
+                extent_mm=_point(extent[::-1]),
+                peak=float(attention[slab, row, column]),
+                slab_probability=float(slab_probability[slab]),
+            )
+        )
+    found.sort(key=lambda candidate: (-candidate.peak * candidate.slab_probability, candidate.z_mm))
+    return tuple(replace(candidate, rank=rank) for rank, candidate in enumerate(found[:MAX_CANDIDATES], start=1))
+
+
+def _point(values: NDArray[np.floating]) -> Point:
+    x, y, z = (float(value) for value in values)
+    return x, y, z
+
+
+def _plain(value: object) -> object:
+    """Numbers as Python's own, rounded to what they mean, and finite; tuples as lists."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number):
+        raise ValueError(f"a detection holds a number that is not finite: {number}")
+    return float(f"{number:.6g}")
+
+
+def _entries(payload: Mapping[str, object], name: str) -> list[dict[str, object]]:
+    entries = payload[name]
+    if not isinstance(entries, list):
+        raise TypeError(f"{name} must be a list")
+    return entries
+
+
+def _points(entry: object) -> dict[str, object]:
+    """A JSON object with its lists (points, sizes) as tuples again."""
+    if not isinstance(entry, dict):
+        raise TypeError("expected an object")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
