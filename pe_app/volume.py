@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,12 +73,14 @@ class Volume:
 
     def to_lps_mm(self, index: ArrayLike) -> NDArray[np.float64]:
         """LPS mm of (fractional) voxel indices ``(..., 3)`` in (slice, row, column) order."""
-        return np.asarray(index, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+        positions: NDArray[np.float64] = np.asarray(index, dtype=np.float64) @ self.affine[:3, :3].T
+        return positions + self.affine[:3, 3]
 
     def to_index(self, lps_mm: ArrayLike) -> NDArray[np.float64]:
         """Fractional voxel indices (slice, row, column) of LPS positions ``(..., 3)``; the inverse of to_lps_mm."""
         inverse = np.linalg.inv(self.affine)
-        return np.asarray(lps_mm, dtype=np.float64) @ inverse[:3, :3].T + inverse[:3, 3]
+        index: NDArray[np.float64] = np.asarray(lps_mm, dtype=np.float64) @ inverse[:3, :3].T
+        return index + inverse[:3, 3]
 
     @cached_property
     def sha256(self) -> str:
@@ -96,6 +99,32 @@ class Volume:
             return False
         corners = np.array(np.meshgrid(*((0, n - 1) for n in self.shape))).reshape(3, -1).T
         return bool(np.abs(self.to_lps_mm(corners) - other.to_lps_mm(corners)).max() <= tolerance_mm)
+
+
+def canonical_volume(voxels: NDArray[np.generic], affine: ArrayLike, name: str = "volume") -> Volume:
+    """An array in any order of axes as a Volume: axes swapped and flipped, never interpolated.
+
+    Args:
+        voxels: 3-D, any order and direction of axes.
+        affine: ``(4, 4)``; ``affine @ (i, j, k, 1)`` is the LPS position in mm of ``voxels[i, j, k]``.
+        name: how messages call the volume.
+
+    Raises:
+        ValueError: as Volume, where no order of the axes is canonical.
+    """
+    given = np.array(affine, dtype=np.float64)
+    lengths = np.linalg.norm(given[:3, :3], axis=0)
+    cosines = given[:3, :3] / np.where(lengths > 0, lengths, 1)
+    # array axis 0 is to run along z, axis 1 along y, axis 2 along x: the best match of the six orders
+    order = max(permutations(range(3)), key=lambda axes: sum(abs(cosines[2 - k, axes[k]]) for k in range(3)))
+    turned = voxels.transpose(order)
+    matrix = given[:, [*order, 3]]
+    for axis in range(3):
+        if matrix[2 - axis, axis] < 0:
+            turned = np.flip(turned, axis)
+            matrix[:, 3] += matrix[:, axis] * (turned.shape[axis] - 1)
+            matrix[:, axis] *= -1
+    return Volume(np.ascontiguousarray(turned), matrix, name)
 
 
 def axial_affine(
