@@ -1,0 +1,270 @@
+"""The study list: which studies there are, what is known of them, and who trains on what.
+
+A CSV with the columns study, path, patient, label, annotation, split; the first two are required. Paths are relative
+to the CSV's folder, so that a folder of studies can be moved as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+from pe_app.errors import InputError
+from pe_app.files import write_durably
+
+Label = Literal["positive", "negative", "uncertain", ""]
+"""Of a whole study, mined from its report or read by a person; "" is unknown."""
+
+Split = Literal["train", "validation", "test", ""]
+"""What a study is used for; "" is not decided yet."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One line of the study list.
+
+    Attributes:
+        study: its id, unique in the list; never a patient's name.
+        path: the CT, a DICOM folder, NIfTI or NRRD file.
+        patient: the same for all studies of a patient; "" where patients are unknown.
+        label: what is known of the study as a whole.
+        annotation: the .json of its reviewed slices; None for a label-only study.
+        split: what it is used for.
+    """
+
+    study: str
+    path: Path
+    patient: str = ""
+    label: Label = ""
+    annotation: Path | None = None
+    split: Split = ""
+
+
+COLUMNS = tuple(field.name for field in fields(Study))
+
+
+def read_studies(path: str | Path) -> tuple[Study, ...]:
+    """The studies of a list, in its order.
+
+    Raises:
+        InputError: naming the line, if a column or value is missing or unknown, a study or its CT is listed twice,
+            or a patient's studies stand in different splits.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = list(_numbered_rows(text))
+    except OSError as error:
+        raise InputError(f"study list {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path.name}: is not UTF-8 text: in Excel save it as "CSV UTF-8"') from error
+    except csv.Error as error:
+        raise InputError(f"{path.name}: is not a CSV file: {error}") from error
+
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
+    _check_header(header, path.name)
+    numbers = [number for number, _ in rows[1:]]
+    studies = tuple(_study(header, cells, path.parent, f"{path.name} line {number}") for number, cells in rows[1:])
+    places = [f"{path.name} line {number}" for number in numbers]
+    _check_unique(studies, places)
+    _check_patients(studies, places)
+    return studies
+
+
+def write_studies(studies: Sequence[Study], path: str | Path) -> None:
+    """Write a study list that ``read_studies`` reads back; all or nothing."""
+    path = Path(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for study in studies:
+        cells = (_relative(cell, path.parent) if isinstance(cell, Path) else cell or "" for cell in astuple(study))
+        writer.writerow(cells)
+    write_durably(path, text.getvalue())
+
+
+def missing(studies: Sequence[Study]) -> tuple[Path, ...]:
+    """The CTs and annotations of a list that are not on disk, in its order."""
+    named = (path for study in studies for path in (study.path, study.annotation) if path is not None)
+    return tuple(path for path in named if not path.exists())
+
+
+def annotated(studies: Sequence[Study]) -> tuple[Study, ...]:
+    """The studies with reviewed slices."""
+    return tuple(study for study in studies if study.annotation is not None)
+
+
+def label_only(studies: Sequence[Study]) -> tuple[Study, ...]:
+    """The studies without reviewed slices."""
+    return tuple(study for study in studies if study.annotation is None)
+
+
+def split_studies(studies: Sequence[Study], validation_fraction: float = 0.2, seed: int = 0) -> tuple[Study, ...]:
+    """Fill the splits that are not decided yet with train or validation.
+
+    All studies of a patient go the same way, where patients are known. Within each group of equal label, annotated
+    and label-only apart, patients are ordered by a hash of their id and the first ones become validation until that
+    holds its share; a patient added later moves at most one other there, and none whose split is written down. Last,
+    the fewest patients move that give both sides a positive and a negative study, where that is possible.
+
+    Args:
+        studies: the list; splits that are filled stay, and count towards the share (test does not).
+        validation_fraction: above 0 and below 1; 0.2 in section 3.1 of the paper.
+        seed: another seed is another order.
+
+    Raises:
+        InputError: if a patient's studies already stand in different splits.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
+    _check_patients(studies, [f"study {study.study}" for study in studies])
+
+    members: dict[str, list[Study]] = {}
+    for study in studies:
+        members.setdefault(_group(study), []).append(study)
+    ordered = sorted(members, key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
+    sides: dict[str, Split] = {}
+    strata: dict[frozenset[tuple[Label, bool]], list[str]] = {}
+    for group in ordered:
+        sides[group] = next((study.split for study in members[group] if study.split), "")
+        if sides[group] != "test":
+            kind = frozenset((study.label, study.annotation is not None) for study in members[group])
+            strata.setdefault(kind, []).append(group)
+
+    undecided = [group for group in ordered if not sides[group]]
+    for stratum in strata.values():
+        wanted = round(validation_fraction * len(stratum)) - sum(sides[group] == "validation" for group in stratum)
+        for place, group in enumerate(group for group in stratum if not sides[group]):
+            sides[group] = "validation" if place < wanted else "train"
+
+    classes = {group: frozenset(study.label for study in members[group]) & _CLASSES for group in ordered}
+    for group in _moves_for_both_classes(sides, classes, undecided):
+        sides[group] = _OTHER_SIDE[sides[group]]
+    return tuple(replace(study, split=sides[_group(study)]) for study in studies)
+
+
+_CLASSES: frozenset[Label] = frozenset(("positive", "negative"))
+_OTHER_SIDE: dict[Split, Split] = {"train": "validation", "validation": "train"}
+
+
+def _group(study: Study) -> str:
+    """What may not be torn apart: the patient where known, else the study."""
+    return f"patient {study.patient}" if study.patient else f"study {study.study}"
+
+
+def _moves_for_both_classes(
+    sides: Mapping[str, Split], classes: Mapping[str, frozenset[Label]], movable: Sequence[str]
+) -> tuple[str, ...]:
+    """The fewest groups to move so that train and validation lack as few of the two classes as possible.
+
+    At most two witnesses have to arrive on each side, so four moves and two groups of a kind suffice to look at.
+    """
+    counts = Counter((sides[group], classes[group]) for group in sides if sides[group] in _OTHER_SIDE)
+    alike: dict[object, list[str]] = {}
+    for group in movable:
+        alike.setdefault((sides[group], classes[group]), []).append(group)
+    candidates = [group for groups in alike.values() for group in groups[:2]]
+
+    def lacking(moved: tuple[str, ...]) -> int:
+        after = Counter(counts)
+        for group in moved:
+            after[sides[group], classes[group]] -= 1
+            after[_OTHER_SIDE[sides[group]], classes[group]] += 1
+        return 4 - len({(side, label) for (side, labels), count in after.items() if count for label in labels})
+
+    best: tuple[str, ...] = ()
+    for moves in range(5):
+        for moved in combinations(candidates, moves):
+            if lacking(best) == 0:
+                return best
+            if lacking(moved) < lacking(best):
+                best = moved
+    return best
+
+
+def _numbered_rows(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows that hold anything, each with the number of its (last) line."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    for row in reader:
+        if any(cell.strip() for cell in row):
+            yield reader.line_num, row
+
+
+def _check_header(header: Sequence[str], name: str) -> None:
+    known = ", ".join(COLUMNS)
+    if len(header) == 1 and ";" in header[0]:
+        raise InputError(f"{name}: columns are separated by semicolons: save it as a CSV separated by commas ({known})")
+    unknown = [column for column in header if column not in COLUMNS]
+    if unknown:
+        raise InputError(f"{name}: unknown column {unknown[0]!r}; the columns are {known}")
+    if len(set(header)) < len(header):
+        raise InputError(f"{name}: a column stands twice in the first line: {', '.join(header)}")
+    absent = [column for column in COLUMNS[:2] if column not in header]
+    if absent:
+        raise InputError(f"{name}: the column {absent[0]!r} is missing; the first line must name {known}")
+
+
+def _study(header: Sequence[str], cells: Sequence[str], folder: Path, place: str) -> Study:
+    if len(cells) != len(header):
+        raise InputError(
+            f"{place}: {len(cells)} values for {len(header)} columns; put values with commas into double quotes"
+        )
+    row = {column: cell.strip() for column, cell in zip(header, cells, strict=True)}
+    for column in COLUMNS[:2]:
+        if not row[column]:
+            raise InputError(f"{place}: the {column} is empty")
+    return Study(
+        study=row["study"],
+        path=folder / row["path"],
+        patient=row.get("patient", ""),
+        label=_one_of(row.get("label", "").lower(), get_args(Label), "label", place),
+        annotation=folder / row["annotation"] if row.get("annotation") else None,
+        split=_one_of(row.get("split", "").lower(), get_args(Split), "split", place),
+    )
+
+
+Word = TypeVar("Word", bound=str)
+
+
+def _one_of(value: str, words: Sequence[Word], column: str, place: str) -> Word:
+    for word in words:
+        if value == word:
+            return word
+    raise InputError(
+        f"{place}: unknown {column} {value!r}; write {', '.join(word for word in words if word)} or nothing"
+    )
+
+
+def _check_unique(studies: Sequence[Study], places: Sequence[str]) -> None:
+    """One CT under two names would stand in train and validation unnoticed."""
+    seen: dict[object, str] = {}
+    for study, place in zip(studies, places, strict=True):
+        for value, words in ((study.study, f"the study {study.study}"), (study.path, f"the CT {study.path.name}")):
+            if value in seen:
+                raise InputError(f"{place}: {words} stands already in {seen[value]}: list every study once")
+            seen[value] = place
+
+
+def _check_patients(studies: Sequence[Study], places: Sequence[str]) -> None:
+    first: dict[str, tuple[Split, str]] = {}
+    for study, place in zip(studies, places, strict=True):
+        if study.patient and study.split:
+            split, where = first.setdefault(study.patient, (study.split, place))
+            if split != study.split:
+                raise InputError(
+                    f"{place}: patient {study.patient} is in {study.split} here but in {split} in {where}; "
+                    "all studies of a patient must share one split"
+                )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """As written in the list: with forward slashes, so that another system reads it too."""
+    return Path(os.path.relpath(path, folder)).as_posix()
