@@ -85,8 +85,8 @@ class SlabEncoder(nn.Module):
         stem = F.relu(self.bn1(self.conv1(slabs)), inplace=True)
         x = F.max_pool2d(stem, 3, stride=2, padding=1)
         features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        with torch.autocast(features.device.type, enabled=False):  # logits keep the precision of the weights
-            logits = self.fc(features.mean((2, 3), dtype=self.fc.weight.dtype))
+        mean = features.mean((2, 3), dtype=self.fc.weight.dtype)
+        logits = (mean[:, None] * self.fc.weight).sum(2) + self.fc.bias  # a product that autocast does not shorten
         return EncodedSlabs(features, logits)
 
     def attention_map(self, features: Tensor) -> Tensor:
@@ -104,12 +104,11 @@ class SlabEncoder(nn.Module):
 
         Source: Selvaraju et al. 2017, arXiv:1610.02391; equation (1) of the paper.
         """
-        with torch.autocast(features.device.type, enabled=False):
-            none, embolism = self.fc.weight
-            weight = embolism if self.config.attention_score == "positive_logit" else embolism - none
-            rows, columns = features.shape[2:]
-            kernel = weight[None, :, None, None] / (rows * columns)
-            return F.conv2d(features.to(weight.dtype), kernel)[:, 0].relu()
+        none, embolism = self.fc.weight
+        weight = embolism if self.config.attention_score == "positive_logit" else embolism - none
+        rows, columns = features.shape[2:]
+        score: Tensor = (features * (weight / (rows * columns))[:, None, None]).sum(1)
+        return score.relu()
 
     def load_imagenet(self, path: str | Path) -> None:
         """Start from a local file of ImageNet weights for ResNet18, ``.safetensors`` or torch weights [ours].
@@ -172,12 +171,14 @@ class _Block(nn.Module):
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a weights file by name; loading one runs no code."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights: object = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{path}: not a readable weights file ({str(error).splitlines()[0]}): "
+            f"{path}: not a readable weights file ({type(error).__name__}): "
             "give a .safetensors file or one that torch.save wrote from a state_dict"
         ) from error
     if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
