@@ -1,0 +1,280 @@
+"""Files to Volumes and back: a DICOM folder, NIfTI or NRRD becomes HU in canonical order, or a sentence why not.
+
+What is cut off, has no place in the patient or does not hold HU is refused, never repaired.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813 - its own documentation calls it so
+
+from pe_app.dicom_series import SPACING_RANGE_MM, is_dicom, last_line, millimetres, read_dicom_folder
+from pe_app.dicom_series import check_uniform_spacing as check_uniform_spacing
+from pe_app.errors import InputError
+from pe_app.files import replacing
+from pe_app.volume import PADDING_HU, Volume, canonical_volume
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd")
+"""Files that hold one volume."""
+AIR_PRESENT_HU = -200
+"""Every CT of a chest holds voxels below this; values that never get there are not HU."""
+MAX_VOXELS = 2**31
+"""Eight times 512 x 512 x 1024: more is a damaged header, not a chest."""
+
+_NRRD_SPACES = {
+    "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
+}  # fmt: skip
+
+
+def read_volume(path: str | Path, *, series: str | None = None) -> Volume:
+    """Read a chest CT: HU as int16 in canonical order, whatever the scanner did not measure as -1024.
+
+    Args:
+        path: a folder with a DICOM series (searched recursively; other files are skipped), a .nii, .nii.gz or .nrrd
+            file. Of several series the axial CT series with most slices is taken; the choice is logged.
+        series: the SeriesInstanceUID to take instead.
+
+    Raises:
+        InputError: if it is not one complete, evenly spaced, untilted axial CT in HU; says what is wrong and where.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return read_dicom_folder(path, series)
+        kind = _suffix(path) if path.is_file() else ""
+        if kind:
+            if series is not None:
+                raise InputError(f"{path.name}: a {kind} file has no series {series} to choose; leave the series out")
+            return _read_ct_file(path)
+        if path.is_file() and (is_dicom(path) or path.suffix.lower() == ".dcm"):
+            raise InputError(f"{path.name}: one DICOM file is one slice; a study needs the folder with all of them")
+        if path.is_file():
+            raise InputError(f"{path.name}: expected a DICOM folder or a file ending in {', '.join(SUFFIXES)}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    raise InputError(f"{path}: there is no such file or folder")
+
+
+def read_mask(path: str | Path, like: Volume) -> Volume:
+    """Read a label map (.nii, .nii.gz or .nrrd) that lies on the grid of the CT ``like``; integers from 0.
+
+    Raises:
+        InputError: if it lies on another grid or holds anything but whole numbers from 0 to 32767.
+    """
+    path = Path(path)
+    if not path.is_file() or not _suffix(path):
+        raise InputError(f"{path}: expected a mask in a file ending in {', '.join(SUFFIXES)}")
+    mask = _read_image_file(path)
+    if not like.same_grid(mask):
+        raise InputError(
+            f"{path.name}: the mask is not on the grid of {like.name}: {mask.shape} voxels of "
+            f"{millimetres(mask.spacing_mm)} mm against {like.shape} of {millimetres(like.spacing_mm)} mm, first "
+            f"voxel at {millimetres(mask.affine[:3, 3])} against {millimetres(like.affine[:3, 3])}: "
+            "resample it to the CT"
+        )
+    low, high = mask.voxels.min(), mask.voxels.max()
+    whole = mask.voxels.dtype.kind in "iu" or bool((np.mod(mask.voxels, 1) == 0).all())
+    if not whole or low < 0 or high > 32767:
+        raise InputError(f"{path.name}: a mask holds whole numbers from 0 to 32767, this one {low} to {high}")
+    return Volume(mask.voxels.astype(np.uint8 if high <= 255 else np.int16), like.affine, mask.name)
+
+
+def write_volume(volume: Volume, path: str | Path) -> None:
+    """Write .nrrd, .nii.gz (both compressed) or .nii; a reader sees the former file or the whole new one, never half.
+
+    Raises:
+        InputError: if the ending is another one or the file cannot be written.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    if not suffix:
+        raise InputError(f"{path.name}: a volume is written to a file ending in {', '.join(SUFFIXES)}")
+    try:
+        with replacing(path) as unfinished:
+            image = image_from_volume(volume)
+            sitk.WriteImage(image, str(unfinished), useCompression=suffix != ".nii", compressionLevel=3)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be written: {last_line(error)}") from error
+
+
+def resample_like(volume: Volume, reference: Volume) -> Volume:
+    """``volume`` on the grid of ``reference``: linear interpolation, 0 outside; keeps the kind of number."""
+    resample = sitk.ResampleImageFilter()
+    slices, rows, columns = reference.shape
+    geometry = image_from_volume(Volume(np.zeros((1, 1, 1), np.uint8), reference.affine))
+    resample.SetReferenceImage(geometry)
+    resample.SetSize((columns, rows, slices))
+    resample.SetInterpolator(sitk.sitkLinear)
+    resample.SetOutputPixelType(sitk.sitkFloat32)
+    resample.SetDefaultPixelValue(0)
+    values = sitk.GetArrayFromImage(resample.Execute(image_from_volume(volume)))
+    if volume.voxels.dtype.kind in "iub":
+        np.rint(values, out=values)
+    return Volume(values.astype(volume.voxels.dtype, copy=False), reference.affine, volume.name)
+
+
+def volume_from_image(image: sitk.Image, name: str) -> Volume:
+    """A 3-D SimpleITK image as a Volume with its own kind of number, axes brought into canonical order.
+
+    Raises:
+        InputError: if it is not a 3-D scalar image or its geometry is absurd.
+    """
+    _check_grid(image.GetSize(), image.GetNumberOfComponentsPerPixel(), name)
+    spacing = np.array(image.GetSpacing())
+    affine = np.eye(4)
+    affine[:3, :3] = (np.array(image.GetDirection()).reshape(3, 3) * spacing)[:, ::-1]  # array order is (z, y, x)
+    affine[:3, 3] = image.GetOrigin()
+    low, high = SPACING_RANGE_MM
+    if not np.isfinite(affine).all() or not ((low <= spacing) & (spacing <= high)).all():
+        raise InputError(f"{name}: voxels of {millimetres(spacing)} mm cannot be; the header is wrong: export it again")
+    voxels = sitk.GetArrayFromImage(image)
+    if voxels.dtype.kind == "c":
+        raise InputError(f"{name}: holds complex numbers; a CT has a number of HU in every voxel")
+    try:
+        return canonical_volume(voxels, affine, name)
+    except ValueError as error:
+        raise InputError(f"{error}; the header is wrong: export it again") from error
+
+
+def image_from_volume(volume: Volume) -> sitk.Image:
+    """A Volume as a SimpleITK image (LPS, as ITK); booleans become uint8."""
+    voxels = volume.voxels.astype(np.uint8) if volume.voxels.dtype == bool else volume.voxels
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels))
+    image.SetSpacing(volume.spacing_mm[::-1])
+    image.SetOrigin(volume.affine[:3, 3].tolist())
+    image.SetDirection((volume.affine[:3, :3] / volume.spacing_mm)[:, ::-1].ravel().tolist())
+    return image
+
+
+def _read_ct_file(path: Path) -> Volume:
+    """A NIfTI or NRRD file as a CT: its values checked to be HU and brought to int16."""
+    image = _read_image_file(path)
+    if image.shape[0] == 1:
+        raise InputError(f"{path.name}: has a single slice; a study needs the whole chest")
+    values = image.voxels
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():  # NaN survives min and max
+        raise InputError(f"{path.name}: holds NaN or infinite values; a CT has a number of HU in every voxel")
+    if low > AIR_PRESENT_HU or high > 32767:
+        raise InputError(
+            f"{path.name}: values run from {low:g} to {high:g}, these are not HU (air is near -1000, water 0): "
+            "export the CT without windowing or scaling"
+        )
+    if values.dtype.kind == "f":
+        values = np.rint(values)
+    return Volume(np.maximum(values, PADDING_HU).astype(np.int16), image.affine, path.name)
+
+
+def _read_image_file(path: Path) -> Volume:
+    """A NIfTI or NRRD file with its own kind of number, in canonical order; only where the file is whole."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        if _suffix(path) == ".nrrd":
+            _check_nrrd(path)
+        reader.ReadImageInformation()
+        _check_grid(reader.GetSize(), reader.GetNumberOfComponents(), path.name)
+        if _suffix(path) != ".nrrd":
+            _check_nifti(path, {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()})
+        image = reader.Execute()
+        if _suffix(path) != ".nrrd":
+            _check_nifti_place(image, path.name)
+        return volume_from_image(image, path.name)
+    except InputError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
+        raise InputError(f"{path.name}: cannot be read ({last_line(error)}): export it again") from error
+
+
+def _check_grid(size: tuple[int, ...], components: int, name: str) -> None:
+    """Refuse what is not one number on a 3-D grid of a possible size."""
+    if len(size) != 3:
+        raise InputError(f"{name}: has {len(size)} dimensions ({'x'.join(map(str, size))}); a CT has 3")
+    if components != 1:
+        raise InputError(f"{name}: has {components} numbers a voxel (colour or vectors); a CT has 1")
+    if not 0 < int(np.prod(size, dtype=np.float64)) <= MAX_VOXELS:
+        raise InputError(f"{name}: {'x'.join(map(str, size))} voxels cannot be; the header is wrong: export it again")
+
+
+def _check_nifti(path: Path, header: dict[str, str]) -> None:
+    """Refuse a file with fewer bytes than its header promises (ITK fills them with zeros) or without a place."""
+    if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
+        raise InputError(f"{path.name}: has neither qform nor sform, so left and right are unknown: convert it again")
+    voxels = int(np.prod([int(header[f"dim[{k}]"]) for k in (1, 2, 3)], dtype=np.int64))
+    expected = int(float(header["vox_offset"])) + voxels * int(header["bitpix"]) // 8
+    _check_length(path, 0, expected, compressed=path.name.lower().endswith(".gz"))
+
+
+def _check_nifti_place(image: sitk.Image, name: str) -> None:
+    """Refuse an sform that ITK did not follow: sheared, singular, or at odds with the qform."""
+    if int(image.GetMetaData("sform_code")) <= 0:
+        return
+    sform = np.array([[float(x) for x in image.GetMetaData(f"srow_{axis}").split()] for axis in "xyz"])
+    sform[:2] *= -1  # NIfTI's RAS to LPS
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(image.GetSize()) - 1)
+    read = [image.TransformIndexToPhysicalPoint(corner.tolist()) for corner in corners]
+    off = np.abs(corners @ sform[:, :3].T + sform[:, 3] - read).max()
+    if not off <= 0.5:
+        raise InputError(
+            f"{name}: its sform is sheared, singular or at odds with its qform (corners {off:.1f} mm apart), so its "
+            "place in the patient is unknown: convert it again"
+        )
+
+
+def _check_nrrd(path: Path) -> None:
+    """Refuse a header without a place in the patient or with its data elsewhere, and data that are cut off."""
+    with path.open("rb") as file:
+        head = file.read(65536)
+    if not head.startswith(b"NRRD"):
+        raise InputError(f"{path.name}: is not an NRRD file")
+    end = min((head.find(blank) + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in head), default=0)
+    lines = [line.strip() for line in head[:end].decode("latin-1").splitlines()]
+    fields = {
+        key.strip().lower(): value.strip() for key, colon, value in (line.partition(": ") for line in lines) if colon
+    }
+    if not end or "data file" in fields or "datafile" in fields:
+        raise InputError(f"{path.name}: its voxels are in another file; write header and voxels into one .nrrd")
+    if fields.get("space", "").lower() not in _NRRD_SPACES or "space directions" not in fields:
+        raise InputError(f"{path.name}: has no space or space directions, so its place in the patient is unknown")
+    encoding = fields.get("encoding", "").lower()
+    if encoding in ("gzip", "gz", "raw"):
+        width = _NRRD_BYTES.get(fields.get("type", "").lower())
+        sizes = [int(size) for size in fields.get("sizes", "").split()]
+        if width is None or not sizes or min(sizes) < 1:
+            raise InputError(f"{path.name}: type {fields.get('type')!r} or sizes {sizes} are no image's")
+        expected = int(np.prod(sizes, dtype=np.float64)) * width
+        _check_length(path, end, expected, compressed=encoding != "raw")
+
+
+_NRRD_BYTES = {
+    **dict.fromkeys(("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t"), 1),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), 2),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), 2),
+    **dict.fromkeys(
+        ("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t", "float"), 4
+    ),
+    **dict.fromkeys(("longlong", "long long", "int64", "int64_t", "ulonglong", "uint64", "uint64_t", "double"), 8),
+}
+
+
+def _check_length(path: Path, start: int, expected: int, *, compressed: bool) -> None:
+    """Refuse data that end early, or whose checksum is wrong: ITK reads a cut .nii.gz as zeros without a word."""
+    with path.open("rb") as file:
+        file.seek(start)
+        if compressed:
+            present = 0
+            with gzip.GzipFile(fileobj=file) as stream:  # raises on a wrong checksum or early end
+                while present <= expected and (chunk := stream.read(1 << 20)):
+                    present += len(chunk)
+        else:
+            present = path.stat().st_size - start
+    if present < expected:
+        raise InputError(f"{path.name}: cut off, {present} of {expected} bytes are there: copy or export it again")
+
+
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
