@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from pe_app.errors import InputError
 from pe_app.files import replacing, write_durably
 from pe_app.lungs import SliceRange, lung_range
 from pe_app.volume import Volume
-from pe_app.volume_io import image_from_volume, volume_from_image
+from pe_app.volume_io import MAX_VOXELS, image_from_volume, volume_from_image
 
 State = Literal["embolism", "none", "uncertain"]
 """What a reader says of a slice. There is no word for "not looked at": such a slice is not listed."""
@@ -384,16 +385,21 @@ class _Segment:
 def _read_segment(path: Path) -> _Segment:
     if not path.is_file():
         raise InputError(f"{path.name}: there is no such file; outlines are saved as .seg.nrrd beside the .json")
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO")
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
+        _check_attached(path)
+        reader.ReadImageInformation()
+        size, layers = reader.GetSize(), reader.GetNumberOfComponents()
+        if len(size) != 3 or math.prod(size) * layers > MAX_VOXELS:
+            raise InputError(f"{path.name}: expected a 3-D segmentation, got {_sizes(size)} voxels in {layers} layers")
+        image = reader.Execute()
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{path.name}: is damaged or not a segmentation; save it again as .seg.nrrd") from error
     fields = {field: image.GetMetaData(field) for field in image.GetMetaDataKeys()}
-    if image.GetDimension() != 3:
-        raise InputError(f"{path.name}: expected a 3-D segmentation, got {image.GetDimension()} dimensions")
 
     number = _segment_number(fields, path.name)
-    layers = image.GetNumberOfComponentsPerPixel()
     layer = _header_integer(fields, f"Segment{number}_Layer", number if layers > 1 else 0, path.name)
     value = _header_integer(fields, f"Segment{number}_LabelValue", 1, path.name)
     if not 0 <= layer < layers:
@@ -402,6 +408,16 @@ def _read_segment(path: Path) -> _Segment:
         image = sitk.VectorIndexSelectionCast(image, layer)
     tags = dict(tag.split(":", 1) for tag in fields.get(f"Segment{number}_Tags", "").split("|") if ":" in tag)
     return _Segment(volume_from_image(image == value, path.name), tags)
+
+
+def _check_attached(path: Path) -> None:
+    """Refuse a header that takes its voxels from another file: an uploaded one could name any file of the server."""
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                return
+            if re.match(rb"data ?file:", line, re.IGNORECASE):
+                raise InputError(f"{path.name}: its voxels are in another file; save both into one .seg.nrrd")
 
 
 def _segment_number(fields: Mapping[str, str], name: str) -> int:
