@@ -15,7 +15,7 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk  # noqa: N813 - its own documentation calls it so
 from numpy.typing import ArrayLike, NDArray
-from pydicom.uid import CTImageStorage
+from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian
 from scipy import ndimage
 
 from pe_app.errors import InputError
@@ -283,6 +283,7 @@ def _slice_hu(path: Path) -> NDArray[np.int16]:
     slope, intercept = float(dataset.get("RescaleSlope", np.nan)), float(dataset.get("RescaleIntercept", np.nan))
     if not np.isfinite([slope, intercept]).all() or slope == 0:
         raise ValueError("no rescale slope and intercept, so the pixels are not in HU")
+    dataset.file_meta.setdefault("TransferSyntaxUID", ImplicitVRLittleEndian)  # missing where there is no preamble
     try:
         stored = dataset.pixel_array
     except (NotImplementedError, RuntimeError):  # no decoder at hand: GDCM knows the rest, and rescales itself

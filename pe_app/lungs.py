@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,23 @@ class SliceRange(NamedTuple):
     last: int
 
 
+@dataclass(frozen=True, eq=False)
+class Lungs:
+    """Where the lung lies in a CT, on a coarse grid.
+
+    Attributes:
+        mask: lung on every n-th slice, row and column.
+        step: those three n: ``voxels[::a, ::b, ::c]`` is the mask's grid.
+        areas_mm2: ``(slices,)``, area of lung on every slice of the CT.
+        slice_range: first and last slice with lung; None where there is no lung.
+    """
+
+    mask: NDArray[np.bool_]
+    step: tuple[int, int, int]
+    areas_mm2: NDArray[np.float64]
+    slice_range: SliceRange | None
+
+
 def lung_range(volume: Volume) -> SliceRange:
     """First and last slice that contain lung.
 
@@ -46,35 +64,31 @@ def lung_range(volume: Volume) -> SliceRange:
     Raises:
         InputError: if no lung is found.
     """
-    areas = lung_areas_mm2(volume)
-    runs, count = ndimage.label(areas >= LUNG_AREA_MM2)
-    if count == 0:
+    found = find_lungs(volume).slice_range
+    if found is None:
         raise InputError(
             f"{volume.name}: no lung found in {volume.shape[0]} slices from z {volume.slice_z_mm[0]:.1f} to "
             f"{volume.slice_z_mm[-1]:.1f} mm; is it a CT of the chest?"
         )
-    lung = np.flatnonzero(runs == runs[areas.argmax()])  # one run: lung has no gaps along the body
-    return SliceRange(int(lung[0]), int(lung[-1]))
+    return found
 
 
-def lung_areas_mm2(volume: Volume) -> NDArray[np.float64]:
-    """Area of lung on every slice, ``(slices,)``; all zeros where there is no lung."""
-    mask, step = lung_mask(volume)
-    pixel_mm2 = volume.spacing_mm[1] * volume.spacing_mm[2] * step[1] * step[2]
-    areas: NDArray[np.float64] = np.count_nonzero(mask, axis=(1, 2)) * pixel_mm2
-    return np.repeat(areas, step[0])[: volume.shape[0]]
-
-
-def lung_mask(volume: Volume) -> tuple[NDArray[np.bool_], tuple[int, int, int]]:
-    """Lung on every n-th slice, row and column, and those three n: ``voxels[::a, ::b, ::c]`` is the mask's grid."""
+def find_lungs(volume: Volume) -> Lungs:
+    """The lungs of a CT by threshold and shape; good for where they begin and end, not for their outline."""
     slices_mm, rows_mm, columns_mm = volume.spacing_mm
     step = max(1, int(STEP_MM / slices_mm)), max(1, round(GRID_MM / rows_mm)), max(1, round(GRID_MM / columns_mm))
     hu = volume.voxels[:: step[0], :: step[1], :: step[2]].astype(np.float32)
-    voxel_mm3 = float(np.prod(volume.spacing_mm)) * float(np.prod(step))
+    pixel_mm2 = rows_mm * columns_mm * step[1] * step[2]
 
     inside_air = (hu < AIR_HU) & ~_open_air(hu)
-    lung = _lung_components(hu, inside_air, voxel_mm3)
-    return _without_gas(hu, lung, voxel_mm3 / (slices_mm * step[0])), step
+    mask = _without_gas(hu, _lung_components(hu, inside_air, pixel_mm2 * slices_mm * step[0]), pixel_mm2)
+    areas = np.repeat(np.count_nonzero(mask, axis=(1, 2)) * pixel_mm2, step[0])[: volume.shape[0]]
+
+    runs, count = ndimage.label(areas >= LUNG_AREA_MM2)
+    if count == 0:
+        return Lungs(mask, step, areas, None)
+    lung = np.flatnonzero(runs == runs[areas.argmax()])  # one run: lung has no gaps along the body
+    return Lungs(mask, step, areas, SliceRange(int(lung[0]), int(lung[-1])))
 
 
 def _open_air(hu: NDArray[np.float32]) -> NDArray[np.bool_]:
