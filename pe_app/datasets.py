@@ -1,0 +1,491 @@
+"""What the two stages learn from, prepared once and then read at disk speed: slabs for stage I, features for stage II.
+
+Both caches are files that are whole or absent, named after the content they were made from: a file of another image,
+annotation, encoder or setting has another name, so that nothing stale is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pe_app.annotation import SparseAnnotation
+from pe_app.detector import Detector
+from pe_app.errors import InputError
+from pe_app.files import replacing, write_durably
+from pe_app.lungs import lung_range
+from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.slabs import ENCODER_STRIDE, SlabConfig, attention_target, slab_at, study_slabs
+from pe_app.studies import Study
+from pe_app.volume import Volume
+from pe_app.volume_io import read_volume
+
+logger = logging.getLogger(__name__)
+
+EMBOLISM, NONE = 1, 0
+
+
+class SlabItem(NamedTuple):
+    """One slab of stage I, or a batch of them with a leading axis.
+
+    Attributes:
+        slab: ``(slices_per_slab, crop, crop)`` float32 from 0 to 1.
+        target: ``(grid, grid)`` float32, 0 or 1: the cells that the reader's mask covers; zeros without embolism.
+        label: 1 with embolism, 0 without.
+        study: which of the data set's studies it is from.
+    """
+
+    slab: Tensor
+    target: Tensor
+    label: Tensor
+    study: Tensor
+
+
+class StudyItem(NamedTuple):
+    """One study of stage II: features ``(slabs, channels, grid, grid)`` float16 and label, 1 for positive."""
+
+    features: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly slabs are changed at random where that is wanted; the paper (section 3.1) does not [ours].
+
+    Attributes:
+        flip: mirror left and right with probability 1/2.
+        shift_cells: move in the plane by up to so many cells of the attention map (16 pixels, 11 mm) along rows and
+            columns; whole cells, so that the target moves exactly. An embolism is never moved out of the slab.
+        jitter_hu: add one offset of up to so many HU to a slab.
+    """
+
+    flip: bool = True
+    shift_cells: int = 2
+    jitter_hu: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.shift_cells < 0 or not 0 <= self.jitter_hu < float("inf"):
+            raise InputError(f"augmentation: shift_cells and jitter_hu must not be negative, got {self}")
+
+
+@dataclass(frozen=True, eq=False)
+class StudySource:
+    """A study of the list with what it was read from.
+
+    Attributes:
+        study: its row of the list.
+        files_sha256: of the bytes of its image files; knows that an image is the same without decoding it.
+        annotation: its reviewed slices; None for a label-only study.
+    """
+
+    study: Study
+    files_sha256: str
+    annotation: SparseAnnotation | None
+
+    @property
+    def annotation_sha256(self) -> str:
+        """Identity of the reviewed slices and masks; empty for a label-only study."""
+        if self.annotation is None:
+            return ""
+        content = hashlib.sha256(json.dumps(self.annotation.to_json(), sort_keys=True).encode())
+        for index in sorted(self.annotation.masks):
+            content.update(np.packbits(self.annotation.masks[index]).tobytes())
+        return content.hexdigest()
+
+
+def read_sources(
+    studies: Sequence[Study], annotations: bool = True, progress: ProgressCallback = silent
+) -> tuple[StudySource, ...]:
+    """Read the annotations of all studies and the identity of their images.
+
+    Raises:
+        InputError: that names the study whose files are missing or cannot be used.
+    """
+    sources = []
+    for number, study in enumerate(studies):
+        progress(Progress("read the studies", number, len(studies), study.study))
+        with _naming(study):
+            reviewed = _annotation(study) if annotations else None
+            sources.append(StudySource(study, _files_sha256(study.path), reviewed))
+    return tuple(sources)
+
+
+@dataclass(frozen=True)
+class PreparedFile:
+    """What was prepared of one study: its name, the SHA-256 of its voxels, and the file."""
+
+    study: str
+    image_sha256: str
+    path: Path
+
+
+class AnnotatedSlabs(Dataset[SlabItem]):
+    """The slabs of stage I: annotated slices, and as many without embolism (``prepare_slabs``).
+
+    Files are opened for every item, so that thousands of studies need no file handles and workers share nothing.
+
+    Attributes:
+        files: one a study.
+        labels: ``(len,)``, 1 with embolism, 0 without.
+    """
+
+    def __init__(self, files: Sequence[PreparedFile]) -> None:
+        self.files = tuple(files)
+        labels = [np.load(file.path, mmap_mode="r")["label"] for file in files]
+        self.labels: NDArray[np.uint8] = np.concatenate(labels)
+        self._places = [(file, row) for file, rows in enumerate(labels) for row in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> SlabItem:
+        file, row = self._places[index]
+        record = np.load(self.files[file].path, mmap_mode="r")[row]
+        return SlabItem(
+            torch.from_numpy(record["slab"].astype(np.float32)),
+            torch.from_numpy(record["target"].astype(np.float32)),
+            torch.tensor(int(record["label"])),
+            torch.tensor(file),
+        )
+
+
+class StudyFeatures(Dataset[StudyItem]):
+    """The studies of stage II: files of features (``encode_studies``) and their labels, 1 for positive.
+
+    Attributes:
+        files: one a study.
+        labels: ``(len,)``, 1 for positive, 0 for negative.
+    """
+
+    def __init__(self, files: Sequence[PreparedFile], labels: Sequence[int]) -> None:
+        if len(files) != len(labels):
+            raise ValueError(f"expected a label a study, got {len(labels)} for {len(files)}")
+        self.files = tuple(files)
+        self.labels: NDArray[np.uint8] = np.array(labels, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> StudyItem:
+        features = np.load(self.files[index].path, mmap_mode="r")
+        return StudyItem(torch.from_numpy(np.array(features)), torch.tensor(int(self.labels[index])))
+
+
+def prepare_slabs(
+    sources: Sequence[StudySource],
+    config: SlabConfig,
+    cache_dir: Path,
+    seed: int = 0,
+    progress: ProgressCallback = silent,
+) -> AnnotatedSlabs:
+    """The slabs that one side of the split trains or validates on, drawn once and kept.
+
+    Positive: every slice marked "embolism". Negative, as many in all: half from slices marked "none", half from the
+    lung range of studies with the label "negative", the same number a study; where one source is short the other fills
+    up. Slices marked "uncertain" and slices of other studies that were not reviewed are never used. Drawn once, not
+    anew for every epoch, as in the paper (section 3.1: 10,388 of each).
+
+    Args:
+        sources: studies of one side of the split (``read_sources``).
+        config: how slices become slabs.
+        cache_dir: where the prepared slabs are kept; what is there already is not prepared again.
+        seed: of the draw.
+        progress: told before every study; may raise ``Cancelled``.
+
+    Raises:
+        InputError: if there is no slab of one kind, or a study cannot be used.
+    """
+    positive = [_embolism_targets(source, config) for source in sources]
+    none = [_reviewed(source, "none") for source in sources]
+    drawn_from = [source.study.label == "negative" for source in sources]
+    wanted = sum(map(len, positive))
+    if wanted == 0:
+        count = sum(source.annotation is not None for source in sources)
+        raise InputError(
+            f"no annotated embolism slice in {len(sources)} studies ({count} with an annotation): mark embolism on "
+            "slices of positive studies first"
+        )
+    if not any(none) and not any(drawn_from):
+        raise InputError(
+            f"no slice without embolism in {len(sources)} studies: add studies with the label 'negative', or mark "
+            "slices 'none'"
+        )
+
+    generator = np.random.default_rng(seed)
+    marked = [(number, index) for number, indices in enumerate(none) for index in indices]
+    share = min(len(marked), wanted - wanted // 2 if any(drawn_from) else wanted)
+    kept = {marked[place] for place in generator.permutation(len(marked))[:share]}
+    random = _dealt(wanted - share, drawn_from, generator)
+
+    files = []
+    for number, source in enumerate(sources):
+        progress(Progress("prepare slabs", number, len(sources), source.study.study))
+        negative = [index for index in none[number] if (number, index) in kept]
+        wish = _Wish(positive[number], negative, random[number], _reviewed(source, "uncertain"), seed)
+        if wish.positive or wish.negative or wish.random:
+            files.append(_slab_file(source, wish, config, cache_dir))
+    progress(Progress("prepare slabs", len(sources), len(sources)))
+
+    slabs = AnnotatedSlabs(files)
+    if 2 * wanted > len(slabs):
+        logger.warning("%d slabs with embolism, but only %d without: add studies", wanted, len(slabs) - wanted)
+    return slabs
+
+
+def augmented(items: SlabItem, augmentation: Augmentation, config: SlabConfig, generator: torch.Generator) -> SlabItem:
+    """A batch of slabs with their targets changed at random, each slab for itself."""
+    slabs, targets = items.slab.clone(), items.target.clone()
+    count, cells = len(slabs), augmentation.shift_cells
+    if augmentation.flip:
+        chosen = torch.rand(count, generator=generator) < 0.5
+        slabs[chosen], targets[chosen] = slabs[chosen].flip(-1), targets[chosen].flip(-1)
+    if cells:
+        moves = torch.randint(-cells, cells + 1, (count, 2), generator=generator).tolist()
+        for number, (rows, columns) in enumerate(moves):
+            moved = _shifted(targets[number], rows, columns)
+            if moved.any() or not targets[number].any():
+                targets[number] = moved
+                slabs[number] = _shifted(slabs[number], rows * ENCODER_STRIDE, columns * ENCODER_STRIDE)
+    if augmentation.jitter_hu:
+        low, high = config.hu_window
+        offset = (2 * torch.rand(count, generator=generator) - 1) * augmentation.jitter_hu / (high - low)
+        slabs = (slabs + offset[:, None, None, None]).clamp(0, 1)
+    return items._replace(slab=slabs, target=targets)
+
+
+def encode_studies(
+    detector: Detector, studies: Sequence[Study], cache_dir: Path, progress: ProgressCallback = silent
+) -> tuple[Path, ...]:
+    """Features of stage I for whole studies, computed once: the input of stage II.
+
+    Each is a float16 array ``(slabs, channels, grid, grid)`` in ``cache_dir/<image sha256>-<encoder key>.npy``, 29.5 MB
+    at full size. Called again after an interruption, only what is missing is computed.
+
+    Args:
+        detector: its encoder and slab settings are used, in evaluation mode and its precision.
+        studies: any studies.
+        cache_dir: may be shared by runs and detectors.
+        progress: told after every few slabs; may raise ``Cancelled``.
+
+    Returns:
+        One file a study, in the order of ``studies``.
+
+    Raises:
+        InputError: that names the study which cannot be used.
+    """
+    sources = read_sources(studies, annotations=False, progress=progress)
+    return tuple(file.path for file in encode_sources(detector, sources, cache_dir, progress))
+
+
+def encode_sources(
+    detector: Detector, sources: Sequence[StudySource], cache_dir: Path, progress: ProgressCallback = silent
+) -> tuple[PreparedFile, ...]:
+    """``encode_studies`` for studies whose files were identified already."""
+    key, count = encoder_key(detector), detector.slabs.slab_count
+    shape = (count, detector.encoder.config.feature_channels, detector.slabs.grid, detector.slabs.grid)
+    files = []
+    for number, source in enumerate(sources):
+        report = _part_of("encode studies", number, len(sources), count, source.study.study, progress)
+        report(Progress("", 0, count))
+        with _naming(source.study):
+            image, volume = _image(source, cache_dir)
+            path = cache_dir / f"{image}-{key}.npy"
+            if not _holds(path, np.dtype(np.float16), shape):
+                volume = volume or read_volume(source.study.path)
+                features, _ = detector.encode(study_slabs(volume, lung_range(volume), detector.slabs), report)
+                with replacing(path) as temporary:
+                    np.save(temporary, features.cpu().numpy())
+        files.append(PreparedFile(source.study.study, image, path))
+    progress(Progress("encode studies", len(sources) * count, len(sources) * count))
+    return tuple(files)
+
+
+def encoder_key(detector: Detector) -> str:
+    """Identity of features: encoder weights, encoder and slab settings."""
+    parts = [weights_sha256(detector.encoder), asdict(detector.encoder.config), asdict(detector.slabs)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Identity of a network's weights and running statistics."""
+    content = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        content.update(name.encode())
+        content.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class _Wish:
+    """Which slabs of a study are wanted: targets by positive slice, negative slices, and how many random ones."""
+
+    positive: Mapping[int, NDArray[np.float32]]
+    negative: Sequence[int]
+    random: int
+    uncertain: Sequence[int]
+    seed: int
+
+    def key(self, config: SlabConfig) -> str:
+        """Identity of the slabs that this wish gives for one image."""
+        targets = {index: hashlib.sha256(target.tobytes()).hexdigest() for index, target in self.positive.items()}
+        uncertain = self.uncertain if self.random else ()
+        wish = [targets, *map(list, (self.negative, uncertain)), self.random, self.seed if self.random else 0]
+        return hashlib.sha256(json.dumps([wish, asdict(config)]).encode()).hexdigest()
+
+
+def _annotation(study: Study) -> SparseAnnotation | None:
+    """The reviewed slices of a study; its CT is decoded only where Slicer saved outlines on a part of the grid."""
+    if study.annotation is None:
+        return None
+    try:
+        return SparseAnnotation.read(study.annotation)
+    except InputError:
+        return SparseAnnotation.read(study.annotation, read_volume(study.path))
+
+
+def _embolism_targets(source: StudySource, config: SlabConfig) -> dict[int, NDArray[np.float32]]:
+    """Targets of the slices marked "embolism", by slice index."""
+    name = source.study.study
+    indices = _reviewed(source, "embolism")
+    if source.annotation is None or not indices:
+        return {}
+    if source.study.label == "negative":
+        raise InputError(
+            f"study {name}: its label is 'negative', but slice {indices[0]} is marked 'embolism': correct one of them"
+        )
+    targets = {}
+    for index in indices:
+        target = attention_target(source.annotation.masks[index], config)
+        if target.any():
+            targets[index] = target
+        else:
+            logger.warning("study %s: the mask on slice %d lies outside the centre crop, it is left out", name, index)
+    return targets
+
+
+def _reviewed(source: StudySource, state: str) -> list[int]:
+    if source.annotation is None:
+        return []
+    return [reviewed.slice_index for reviewed in source.annotation.slices if reviewed.state == state]
+
+
+def _dealt(total: int, eligible: Sequence[bool], generator: np.random.Generator) -> list[int]:
+    """``total`` dealt out evenly over the eligible, the remainder to randomly chosen ones."""
+    shares = [0] * len(eligible)
+    places = generator.permutation(np.flatnonzero(eligible))
+    for order, place in enumerate(places.tolist()):
+        shares[place] = total // len(places) + (order < total % len(places))
+    return shares
+
+
+def _slab_file(source: StudySource, wish: _Wish, config: SlabConfig, cache_dir: Path) -> PreparedFile:
+    """The prepared slabs of one study; made where they are not there yet."""
+    fields = [
+        ("slab", "<f2", (config.slices_per_slab, config.crop, config.crop)),
+        ("target", "u1", (config.grid, config.grid)),
+        ("label", "u1"),
+    ]
+    dtype = np.dtype(fields)
+    key = wish.key(config)
+    with _naming(source.study):
+        image, volume = _image(source, cache_dir)
+        file = PreparedFile(source.study.study, image, cache_dir / f"{image}-{key}.npy")
+        if _holds(file.path, dtype, None):
+            return file
+        volume = volume or read_volume(source.study.path)
+        if source.annotation is not None:
+            source.annotation.check_belongs_to(volume)
+        negative = [*wish.negative, *_random_slices(volume, wish, int(key, 16))]
+        with replacing(file.path) as temporary:
+            count = len(wish.positive) + len(negative)
+            records = np.lib.format.open_memmap(temporary, "w+", dtype, (count,))  # type: ignore[no-untyped-call]
+            wanted = [*((index, EMBOLISM) for index in wish.positive), *((index, NONE) for index in negative)]
+            for record, (index, label) in zip(records, wanted, strict=True):
+                record["slab"] = slab_at(volume, index, config)
+                record["target"] = wish.positive[index] if label == EMBOLISM else 0
+                record["label"] = label
+            records.flush()
+    return file
+
+
+def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
+    """Slices within the lung range of a negative study, none twice, none that is used or uncertain already."""
+    if not wish.random:
+        return []
+    lung = lung_range(volume)
+    taken = {*wish.negative, *wish.uncertain}
+    free = [index for index in range(lung.first, lung.last + 1) if index not in taken]
+    chosen = np.random.default_rng(seed).permutation(len(free))[: wish.random]
+    return sorted(free[place] for place in chosen)
+
+
+def _image(source: StudySource, cache_dir: Path) -> tuple[str, Volume | None]:
+    """SHA-256 of the voxels, and the volume where it had to be read for that: remembered by the files' bytes."""
+    note = cache_dir / f"{source.files_sha256}.voxels"
+    if note.is_file():
+        return note.read_text(), None
+    volume = read_volume(source.study.path)
+    write_durably(note, volume.sha256)
+    return volume.sha256, volume
+
+
+def _holds(path: Path, dtype: np.dtype[np.void] | np.dtype[np.float16], shape: tuple[int, ...] | None) -> bool:
+    """Whether a cache file is there and whole; one that a failing disk cut short is made again."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return array.dtype == dtype and shape in (None, array.shape)
+
+
+def _files_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of all files of a folder in the order of their names."""
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    content = hashlib.sha256()
+    for entry in files:
+        with entry.open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    return content.hexdigest()
+
+
+def _shifted(planes: Tensor, rows: int, columns: int) -> Tensor:
+    """Planes ``(..., rows, columns)`` moved down and to the right, air or nothing (0) moving in."""
+    height, width = planes.shape[-2:]
+    if abs(rows) >= height or abs(columns) >= width:
+        return torch.zeros_like(planes)
+    moved = torch.zeros_like(planes)
+    kept = planes[..., max(-rows, 0) : height - max(rows, 0), max(-columns, 0) : width - max(columns, 0)]
+    moved[..., max(rows, 0) : height + min(rows, 0), max(columns, 0) : width + min(columns, 0)] = kept
+    return moved
+
+
+def _part_of(
+    task: str, number: int, count: int, size: int, text: str, progress: ProgressCallback
+) -> Callable[[Progress], None]:
+    """A callback that reports the progress of one of ``count`` parts, each of ``size`` units, as progress of all."""
+    return lambda part: progress(Progress(task, number * size + part.done, count * size, text))
+
+
+@contextmanager
+def _naming(study: Study) -> Iterator[None]:
+    """Errors in a study's files say which study it is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"study {study.study}: {error}") from error
+    except OSError as error:
+        raise InputError(
+            f"study {study.study}: {study.path} cannot be read ({error}): correct the study list"
+        ) from error

@@ -1,0 +1,529 @@
+"""Both trainings: annotated slices become an encoder (stage I), labelled studies a classifier (stage II).
+
+A training lives in a run folder. Everything random in an epoch comes from the seed and the epoch's number, so a run
+that is interrupted anywhere and called again ends, on a CPU, with the same bits as one that was not.
+Source: sections 2.2, 2.3 and 3.1 of the paper; [ours] marks what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from pe_app.datasets import (
+    AnnotatedSlabs,
+    Augmentation,
+    PreparedFile,
+    SlabItem,
+    StudyFeatures,
+    StudyItem,
+    StudySource,
+    augmented,
+    encode_sources,
+    encoder_key,
+    prepare_slabs,
+    read_sources,
+    weights_sha256,
+)
+from pe_app.detector import Detector, ModelCard, TrainingRecord
+from pe_app.device import Precision, autocast, best_device
+from pe_app.errors import InputError
+from pe_app.losses import AttentionLoss, attention_loss
+from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.slab_encoder import EncoderConfig, SlabEncoder
+from pe_app.slabs import SlabConfig
+from pe_app.studies import Label, Split, Study, split_studies
+from pe_app.study_classifier import ClassifierConfig, StudyClassifier
+from pe_app.training_run import Metrics, TrainingRun, git_revision, utc_now
+
+logger = logging.getLogger(__name__)
+
+SIDES: tuple[Split, ...] = ("train", "validation")
+LABELS: tuple[Label, ...] = ("negative", "positive")
+"""Of stage II, in the order of their numbers."""
+
+Columns = dict[str, Tensor]
+"""What is known of every item of a batch or pass, ``(items,)`` each: losses, logit, label, ..."""
+
+Item = TypeVar("Item", SlabItem, StudyItem)
+
+
+@dataclass(frozen=True)
+class EncoderTraining:
+    """How stage I is trained. The defaults are the paper's (section 3.1) unless marked [ours].
+
+    Attributes:
+        learning_rate: of Adam.
+        batch: slabs a step.
+        epochs: passes over the training slabs; the one with the highest validation accuracy is published.
+        validation_fraction: share of patients kept for validation.
+        attention_weight: lambda, the weight of the attention loss; 0 is the paper's scenario 2.
+        attention_loss: which attention loss.
+        augment: whether training slabs are changed at random; ``augmentation`` says how strongly [ours].
+        augmentation: strengths, without effect where ``augment`` is off.
+        precision: number format of the network; weights stay float32 [ours].
+        workers: processes that read slabs ahead; 0 reads in between, which two processor cores like best.
+        seed: of first weights, split, draw of slabs, order and augmentation.
+    """
+
+    learning_rate: float = 1e-4
+    batch: int = 48
+    epochs: int = 100
+    validation_fraction: float = 0.2
+    attention_weight: float = 1.0
+    attention_loss: AttentionLoss = field(default_factory=AttentionLoss)
+    augment: bool = False
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    precision: Precision = "auto"
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        if not 0 <= self.attention_weight < math.inf:
+            raise InputError(f"attention_weight must be a number from 0 on, got {self.attention_weight}")
+
+
+@dataclass(frozen=True)
+class ClassifierTraining:
+    """How stage II is trained. The defaults are the paper's (section 3.1); the fields are those of stage I."""
+
+    learning_rate: float = 1e-4
+    batch: int = 32
+    epochs: int = 50
+    validation_fraction: float = 0.2
+    precision: Precision = "auto"
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
+
+def train_encoder(
+    studies: Sequence[Study],
+    out: Path,
+    *,
+    settings: EncoderTraining | None = None,
+    slabs: SlabConfig | None = None,
+    network: EncoderConfig | None = None,
+    classifier: ClassifierConfig | None = None,
+    imagenet: Path | None = None,
+    synthetic: bool = False,
+    run_dir: Path | None = None,
+    device: torch.device | None = None,
+    progress: ProgressCallback = silent,
+) -> Detector:
+    """Train stage I on the annotated and the negative studies of a list, and publish it with an untrained classifier.
+
+    The same call goes on where a former one was interrupted, and returns the result of one that had finished.
+
+    Args:
+        studies: the list; splits that are filled are kept, "test" is not touched.
+        out: the detector's file, written when the training is done; until then a former model stays.
+        settings: of the training.
+        slabs: how volumes become slabs.
+        network: shape of the encoder.
+        classifier: shape of the untrained classifier that ``train_classifier`` will train.
+        imagenet: local file of ImageNet ResNet18 weights to start from, instead of random ones [ours].
+        synthetic: recorded in the model card: every embolism was simulated or painted.
+        run_dir: metrics, curves, checkpoint and prepared slabs; ``out`` with the suffix ``.run`` by default.
+        device: the best one by default.
+        progress: told after every step of the whole training; may raise ``Cancelled``.
+
+    Raises:
+        InputError: if a study cannot be used, there is too little to learn from, or the run folder is another's.
+    """
+    settings = settings or EncoderTraining()
+    device = device or best_device()
+    start = Detector.untrained(settings.seed, slabs, network, classifier)
+    encoder = start.encoder
+    if imagenet is not None:
+        encoder.load_imagenet(imagenet)
+    first_weights = weights_sha256(encoder)
+    encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    usable = [study for study in split(studies, settings) if _for_encoder(study) and study.split in SIDES]
+    with TrainingRun(run_dir or out.with_suffix(".run"), "train encoder", settings.epochs, progress) as run:
+        sources = read_sources(usable, progress=run.report)
+        optimiser = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
+        identity = _identity(settings, start, sources, {"first weights": first_weights, "synthetic": str(synthetic)})
+        run.resume(identity, encoder, optimiser)
+        if not run.state.published:
+            train, validation = (_prepared(sources, side, start.slabs, settings, run) for side in SIDES)
+            _check_apart(train.files, validation.files)
+
+            def score(items: SlabItem, generator: torch.Generator | None) -> Columns:
+                if settings.augment and generator is not None:
+                    items = augmented(items, settings.augmentation, start.slabs, generator)
+                return score_slabs(encoder, items, settings)
+
+            _fit(run, encoder, optimiser, (train, validation), score, settings)
+            files = (*train.files, *validation.files)
+            used = {**_flat(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
+            run.publish(_record(run, used, sources, files, device, synthetic=synthetic), encoder, optimiser)
+
+        record = TrainingRecord.from_json(json.loads(run.state.published))
+        encoder.load_state_dict(dict(run.state.best_weights))
+        card = ModelCard(out.stem, record.date[:10], encoder=record)
+        return _published(Detector(encoder, start.classifier, start.slabs, card), device, out)
+
+
+def train_classifier(
+    studies: Sequence[Study],
+    encoder: Path,
+    out: Path,
+    *,
+    settings: ClassifierTraining | None = None,
+    network: ClassifierConfig | None = None,
+    synthetic: bool = False,
+    run_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    device: torch.device | None = None,
+    progress: ProgressCallback = silent,
+) -> Detector:
+    """Train stage II on the studies with the label positive or negative, over the frozen features of stage I.
+
+    The same call goes on where a former one was interrupted, and returns the result of one that had finished.
+
+    Args:
+        studies: the list, best the same as for stage I: then both stages hold out the same patients.
+        encoder: file of a detector with a trained encoder.
+        out: the detector's file with both stages, written when the training is done; may be the same as ``encoder``.
+        settings: of the training.
+        network: shape of the classifier; by default as in the encoder's file.
+        synthetic: recorded in the model card: every embolism was simulated or painted.
+        run_dir: metrics, curves and checkpoint; ``out`` with the suffix ``.run`` by default.
+        cache_dir: features of the studies, 29.5 MB each; ``features`` in the run folder by default.
+        device: the best one by default.
+        progress: told after every step of the whole training; may raise ``Cancelled``.
+
+    Raises:
+        InputError: if a study cannot be used, there is too little to learn from, the encoder is untrained, or the run
+            folder is another's.
+    """
+    settings = settings or ClassifierTraining()
+    device = device or best_device()
+    base = Detector.load(encoder)
+    if base.card.encoder is None:
+        raise InputError(f"model {encoder}: its encoder is not trained: train stage I first")
+    base.precision = settings.precision
+    network = network or base.classifier.config
+    start = Detector.untrained(settings.seed, base.slabs, base.encoder.config, network)
+    classifier = start.classifier.to(device)
+
+    usable = [study for study in split(studies, settings) if study.label in LABELS and study.split in SIDES]
+    _check_labels(usable)
+    with TrainingRun(run_dir or out.with_suffix(".run"), "train classifier", settings.epochs, progress) as run:
+        sources = read_sources(usable, annotations=False, progress=run.report)
+        optimiser = torch.optim.Adam(classifier.parameters(), lr=settings.learning_rate)
+        identity = _identity(settings, start, sources, {"encoder": encoder_key(base), "synthetic": str(synthetic)})
+        run.resume(identity, classifier, optimiser)
+        if not run.state.published:
+            files = encode_sources(base.to(device), sources, cache_dir or run.folder / "features", run.report)
+            train, validation = (_labelled(usable, files, side) for side in SIDES)
+            _check_apart(train.files, validation.files)
+
+            def score(items: StudyItem, _: torch.Generator | None) -> Columns:
+                return score_studies(classifier, items, settings)
+
+            _fit(run, classifier, optimiser, (train, validation), score, settings)
+            record_json = _record(run, _flat(asdict(settings)), sources, files, device, synthetic=synthetic)
+            run.publish(record_json, classifier, optimiser)
+
+        record = TrainingRecord.from_json(json.loads(run.state.published))
+        classifier.load_state_dict(dict(run.state.best_weights))
+        card = ModelCard(out.stem, record.date[:10], encoder=base.card.encoder, classifier=record)
+        return _published(Detector(base.encoder, classifier, base.slabs, card), device, out)
+
+
+def split(studies: Sequence[Study], settings: EncoderTraining | ClassifierTraining) -> tuple[Study, ...]:
+    """The list with its splits filled, the studies of stage I first.
+
+    So both stages hold out the same patients, whichever is trained, and stage I finds positive and negative studies on
+    both sides where that is possible.
+    """
+    share, seed = settings.validation_fraction, settings.seed
+    first = split_studies([study for study in studies if _for_encoder(study)], share, seed)
+    decided = {study.study: study for study in first}
+    return split_studies([decided.get(study.study, study) for study in studies], share, seed)
+
+
+def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining) -> Columns:
+    """How well the encoder judges and looks at a batch of slabs, with the graph for learning from ``loss``.
+
+    ``loss = classification_loss + attention_weight * attention_loss`` (equation (4) of the paper) for every slab.
+    ``empty_maps`` and ``pointing`` (the map's maximum lies in the target) are those of slabs with embolism.
+    """
+    device = encoder.fc.weight.device
+    slabs = items.slab.to(device, memory_format=torch.channels_last, non_blocking=True)
+    targets, labels = items.target.to(device), items.label.to(device)
+    with autocast(device, settings.precision):
+        encoded = encoder(slabs)
+    maps = encoder.attention_map(encoded.features)
+    classification = F.cross_entropy(encoded.logits, labels, reduction="none")
+    attention = attention_loss(maps, targets, labels, settings.attention_loss)
+    # a weight of 0 leaves the attention out of the graph: 0 times an infinite gradient would not be 0
+    weighted = settings.attention_weight * attention if settings.attention_weight else 0.0
+
+    flat = maps.detach().flatten(1)
+    peak, place = flat.max(1)
+    hit = (targets.flatten(1).gather(1, place[:, None])[:, 0] > 0) & (peak > 0)
+    undefined = torch.full_like(peak, math.nan)
+    return {
+        "loss": classification + weighted,
+        "classification_loss": classification,
+        "attention_loss": attention,
+        "pointing": torch.where(labels > 0, hit.to(peak.dtype), undefined),
+        "empty_maps": torch.where(labels > 0, (peak == 0).to(peak.dtype), undefined),
+        "logit": encoded.logits[:, 1] - encoded.logits[:, 0],
+        "label": labels,
+    }
+
+
+def score_studies(classifier: StudyClassifier, items: StudyItem, settings: ClassifierTraining) -> Columns:
+    """How well the classifier judges a batch of studies: ``loss`` is the binary cross-entropy of every study."""
+    device = classifier.fc.weight.device
+    labels = items.label.to(device)
+    with autocast(device, settings.precision):
+        logit = classifier(items.features.to(device, torch.float32, non_blocking=True))
+    loss = F.binary_cross_entropy_with_logits(logit, labels.to(logit.dtype), reduction="none")
+    return {"loss": loss, "logit": logit, "label": labels}
+
+
+def derived_seed(seed: int, *words: object) -> int:
+    """A seed for one purpose, as good as independent of those for others."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *words)).encode()).digest()[:7], "big")
+
+
+def _fit(
+    run: TrainingRun,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    sides: tuple[Dataset[Item], Dataset[Item]],
+    score: Callable[[Item, torch.Generator | None], Columns],
+    settings: EncoderTraining | ClassifierTraining,
+) -> None:
+    """The epochs that are not done yet, each kept when it ends."""
+    device = next(network.parameters()).device
+    steps = [math.ceil(len(side) / settings.batch) for side in sides]  # type: ignore[arg-type]
+    total = settings.epochs * sum(steps)
+    for epoch in range(len(run.state.history) + 1, settings.epochs + 1):
+        begin = time.perf_counter()
+        done = (epoch - 1) * sum(steps)
+        columns: list[Columns] = []
+        generator = torch.Generator().manual_seed(derived_seed(settings.seed, "epoch", epoch))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derived_seed(settings.seed, "dropout", epoch))  # dropout knows no generator of its own
+            for side, training in zip(sides, (True, False), strict=True):
+                scored = []
+                for items in _batches(side, settings, device, generator if training else None):
+                    column = _step(network, optimiser, score, items, generator if training else None)
+                    scored.append(column)
+                    done += 1
+                    loss = float(column["loss"].mean())
+                    if not math.isfinite(loss):
+                        raise InputError(f"the loss in epoch {epoch} is {loss}: train anew with a lower learning rate")
+                    run.report(Progress(run.task, done, total, f"epoch {epoch} of {settings.epochs}, loss {loss:.3f}"))
+                columns.append({name: torch.cat([part[name] for part in scored]) for name in scored[0]})
+        metrics = {"epoch": epoch, **_summary(columns[0], ""), **_summary(columns[1], "validation_")}
+        run.finish_epoch(network, optimiser, {**metrics, "seconds": time.perf_counter() - begin})
+        logger.info("%s: epoch %d: %s", run.task, epoch, {name: f"{value:.4g}" for name, value in metrics.items()})
+
+
+def _batches(
+    side: Dataset[Item],
+    settings: EncoderTraining | ClassifierTraining,
+    device: torch.device,
+    shuffle: torch.Generator | None,
+) -> DataLoader[Item]:
+    """The batches of one pass, in random order where a generator is given."""
+    count = len(side)  # type: ignore[arg-type]
+    order = range(count) if shuffle is None else torch.randperm(count, generator=shuffle).tolist()
+    return DataLoader(
+        side,
+        settings.batch,
+        sampler=order,
+        num_workers=settings.workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own, or the loader would draw from the global one
+    )
+
+
+def _step(
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    score: Callable[[Item, torch.Generator | None], Columns],
+    items: Item,
+    generator: torch.Generator | None,
+) -> Columns:
+    """Learn from a batch, or without a generator only judge it."""
+    network.train(generator is not None)
+    with torch.set_grad_enabled(generator is not None):
+        columns = score(items, generator)
+    if generator is not None:
+        optimiser.zero_grad(set_to_none=True)
+        columns["loss"].mean().backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return {name: column.detach().cpu() for name, column in columns.items()}
+
+
+def _summary(columns: Columns, prefix: str) -> Metrics:
+    """Means over one pass, the share decided rightly, and the AUC (not a number while one class is missing)."""
+    logit, label = columns["logit"].double(), columns["label"]
+    metrics = {
+        name: float(column.double().nanmean()) for name, column in columns.items() if name not in ("logit", "label")
+    }
+    metrics["accuracy"] = float(((logit > 0) == (label > 0)).double().mean())
+    both = 0 < int(label.sum()) < len(label)
+    metrics["auc"] = float(roc_auc_score(label.numpy(), logit.numpy())) if both else math.nan
+    return {prefix + name: value for name, value in metrics.items()}
+
+
+def _prepared(
+    sources: Sequence[StudySource], side: Split, config: SlabConfig, settings: EncoderTraining, run: TrainingRun
+) -> AnnotatedSlabs:
+    here = [source for source in sources if source.study.split == side]
+    try:
+        return prepare_slabs(here, config, run.folder / "slabs", derived_seed(settings.seed, "draw", side), run.report)
+    except InputError as error:
+        raise InputError(f"{side} studies: {error}") from error
+
+
+def _labelled(studies: Sequence[Study], files: Sequence[PreparedFile], side: Split) -> StudyFeatures:
+    here = [
+        (file, LABELS.index(study.label)) for study, file in zip(studies, files, strict=True) if study.split == side
+    ]
+    return StudyFeatures([file for file, _ in here], [label for _, label in here])
+
+
+def _for_encoder(study: Study) -> bool:
+    """Whether stage I can use a study: it has reviewed slices, or all of its slices are negative."""
+    return study.annotation is not None or study.label == "negative"
+
+
+def _check_labels(studies: Sequence[Study]) -> None:
+    for side in SIDES:
+        for label in LABELS:
+            if not any(study.split == side and study.label == label for study in studies):
+                raise InputError(
+                    f"{side} studies: none of {sum(study.split == side for study in studies)} has the label "
+                    f"'{label}': stage II needs both labels in training and validation; add studies, or set their split"
+                )
+
+
+def _check_apart(train: Sequence[PreparedFile], validation: Sequence[PreparedFile]) -> None:
+    """One CT under two names would make the validation worthless."""
+    seen = {file.image_sha256: file.study for file in train}
+    for file in validation:
+        if file.image_sha256 in seen:
+            raise InputError(
+                f"study {file.study} in validation is the same CT as study {seen[file.image_sha256]} in train: list it "
+                "once, or give both the same patient"
+            )
+
+
+def _check_settings(settings: EncoderTraining | ClassifierTraining) -> None:
+    if min(settings.batch, settings.epochs) < 1 or settings.workers < 0 or not 0 < settings.learning_rate < math.inf:
+        raise InputError(f"batch, epochs and learning_rate must be positive, workers not negative, got {settings}")
+    if not 0 < settings.validation_fraction < 1:
+        raise InputError(f"validation_fraction must lie between 0 and 1, got {settings.validation_fraction}")
+    if settings.precision not in get_args(Precision):
+        raise InputError(f"precision must be one of {', '.join(get_args(Precision))}, got {settings.precision!r}")
+
+
+def _identity(
+    settings: EncoderTraining | ClassifierTraining,
+    start: Detector,
+    sources: Sequence[StudySource],
+    more: Mapping[str, str],
+) -> dict[str, str]:
+    """What must not change between a training and its continuation, in words or hashes."""
+    shapes = {
+        "slabs": asdict(start.slabs),
+        "encoder shape": asdict(start.encoder.config),
+        "classifier shape": asdict(start.classifier.config),
+    }
+    rows = [
+        (*map(str, (row.study, row.patient, row.label, row.split)), source.files_sha256, source.annotation_sha256)
+        for source in sources
+        for row in (source.study,)
+    ]
+    return {
+        "training": type(settings).__name__,
+        **{name: str(value) for name, value in _flat(asdict(settings)).items()},
+        **{name: json.dumps(shape) for name, shape in shapes.items()},
+        "studies": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        **more,
+    }
+
+
+def _record(
+    run: TrainingRun,
+    settings: Mapping[str, str | int | float | bool | None],
+    sources: Sequence[StudySource],
+    files: Sequence[PreparedFile],
+    device: torch.device,
+    *,
+    synthetic: bool,
+) -> str:
+    """What the model card says of this training, as JSON."""
+    states = [
+        [reviewed.state for reviewed in source.annotation.slices] if source.annotation else [] for source in sources
+    ]
+    positive = [
+        source.study.label == "positive" or "embolism" in seen for source, seen in zip(sources, states, strict=True)
+    ]
+    record = TrainingRecord(
+        studies=len(sources),
+        positive=sum(positive),
+        annotated_slices=sum(state != "uncertain" for seen in states for state in seen),
+        synthetic=synthetic,
+        epochs=len(run.state.history),
+        best_epoch=run.state.best_epoch,
+        seconds=round(run.state.seconds, 1),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        date=utc_now(),
+        git_revision=git_revision(),
+        settings=settings,
+        metrics={name: value for name, value in run.state.best.items() if name != "epoch" and math.isfinite(value)},
+        image_sha256=tuple(sorted({file.image_sha256 for file in files})),
+    )
+    return json.dumps(asdict(record))
+
+
+def _published(detector: Detector, device: torch.device, out: Path) -> Detector:
+    """The detector, in its file: written unless the file holds it already."""
+    with suppress(InputError):
+        there = Detector.load(out)
+        if there.card == detector.card:  # down to the second of its date and every figure
+            return there.to(device)
+    detector.save(out)
+    return detector.to(device)
+
+
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Settings within settings as one level: ``attention_loss.kind``."""
+    flat: dict[str, str | int | float | bool | None] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        elif value is None or isinstance(value, (str, int, float)):
+            flat[prefix + name] = value
+        else:
+            raise TypeError(f"setting {prefix}{name} must be a JSON scalar, got {value!r}")
+    return flat

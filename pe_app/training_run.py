@@ -1,0 +1,350 @@
+"""The folder of one training: what it has learned so far, how that went, and how to go on after any interruption.
+
+``checkpoint.pt`` alone is the truth, replaced as a whole after every epoch; ``metrics.csv``, ``curves.png``,
+``status.json`` and the TensorBoard events in ``tensorboard/`` show what it says.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import pickle
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+import filelock
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor, nn
+
+from pe_app.errors import InputError
+from pe_app.files import replacing, write_durably
+from pe_app.progress import Cancelled, Progress, ProgressCallback
+
+Metrics = Mapping[str, float]
+"""Figures of one epoch by name; ``epoch`` and ``seconds`` among them."""
+
+STATUS_SECONDS = 1.0
+"""``status.json`` is not written more often than that."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """What a training knows after an epoch.
+
+    Attributes:
+        history: the metrics of every epoch so far.
+        best_epoch: the epoch to publish: highest validation accuracy, then lowest validation loss; 0 before any.
+        best_weights: the network's state after that epoch.
+        seconds: time spent, over all resumes.
+        published: the record of a finished training as JSON; empty before.
+    """
+
+    history: tuple[Metrics, ...] = ()
+    best_epoch: int = 0
+    best_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    published: str = ""
+
+    @property
+    def best(self) -> Metrics:
+        """The metrics of the best epoch."""
+        return self.history[self.best_epoch - 1]
+
+
+class TrainingRun:
+    """One training in its folder, open for one process at a time (``with``).
+
+    Args:
+        folder: made where it is not there.
+        task: e.g. ``train encoder``.
+        epochs: of the whole training.
+        progress: told what ``report`` is told; may raise ``Cancelled``.
+
+    Raises:
+        InputError: on entering, if another process trains in this folder.
+    """
+
+    def __init__(self, folder: Path, task: str, epochs: int, progress: ProgressCallback) -> None:
+        self.folder = folder
+        self.task = task
+        self.epochs = epochs
+        self.state = RunState()
+        self._progress = progress
+        self._identity: Mapping[str, str] = {}
+        self._lock = filelock.FileLock(folder / ".lock")
+        self._last = Progress(task, 0, 0)
+        self._status_time = -math.inf
+        self._begin = time.perf_counter()
+
+    def __enter__(self) -> TrainingRun:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise InputError(
+                f"run folder {self.folder}: another training is running in it: wait for it or choose another run folder"
+            ) from error
+        for leftover in self.folder.rglob(f".{'[0-9a-f]' * 32}.*"):  # of ``replacing`` in a killed process
+            leftover.unlink(missing_ok=True)
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        text = "" if error is None else str(error) or type(error).__name__
+        stopped = "stopped" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed"
+        try:
+            self._write_status("finished" if error is None else stopped, text)
+        finally:
+            self._lock.release()
+
+    def report(self, progress: Progress) -> None:
+        """Tell the caller and, now and then, ``status.json``; what the caller raises goes through."""
+        self._last = progress
+        if time.monotonic() - self._status_time >= STATUS_SECONDS:
+            self._write_status("running", progress.text)
+        self._progress(progress)
+
+    def resume(self, identity: Mapping[str, str], network: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Go on from the folder's checkpoint where there is one; remember what this training is.
+
+        Args:
+            identity: what must be the same for going on to make sense, in words and hashes.
+            network: gets the weights of the last epoch.
+            optimiser: gets its state after the last epoch.
+
+        Raises:
+            InputError: if the folder holds another training, or its checkpoint cannot be read.
+        """
+        self._identity = dict(identity)
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            return
+        try:
+            # loads numbers, words and tensors only: a checkpoint from elsewhere runs no code
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            found = saved["identity"]
+            fields = ("history", "best_epoch", "best_weights", "seconds", "published")
+            state = RunState(**{name: saved[name] for name in fields})
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
+            raise InputError(
+                f"run folder {self.folder}: checkpoint.pt cannot be read ({error}): choose another run folder"
+            ) from error
+        self._check_same(found)
+        network.load_state_dict(saved["network"])
+        optimiser.load_state_dict(saved["optimiser"])
+        self.state = replace(state, history=tuple(state.history))
+        self._begin = time.perf_counter() - state.seconds
+
+    def finish_epoch(self, network: nn.Module, optimiser: torch.optim.Optimizer, metrics: Metrics) -> None:
+        """Keep what an epoch has learned; from here on it is not repeated."""
+        history = (*self.state.history, dict(metrics))
+        best_epoch, best_weights = self.state.best_epoch, self.state.best_weights
+        if not self.state.history or _rank(metrics) > _rank(self.state.best):
+            best_epoch = len(history)
+            best_weights = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+        self.state = RunState(history, best_epoch, best_weights, time.perf_counter() - self._begin)
+        self._save(network, optimiser)
+        self._show(metrics)
+
+    def publish(self, record: str, network: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Keep the record of a finished training, so that the same call returns the same model."""
+        self.state = replace(self.state, published=record)
+        self._save(network, optimiser)
+
+    def _check_same(self, found: Mapping[str, str]) -> None:
+        for name in sorted(self._identity.keys() | found.keys()):
+            here, there = self._identity.get(name, "nothing"), found.get(name, "nothing")
+            if here != there:
+                what = f"{there} instead of {here}" if len(here) + len(there) < 80 else "changed since"
+                raise InputError(
+                    f"run folder {self.folder}: it holds another training ({name}: {what}): choose another run folder, "
+                    "or the same settings and studies to go on"
+                )
+
+    def _save(self, network: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        content = {
+            "identity": dict(self._identity),
+            "network": network.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "history": [dict(metrics) for metrics in self.state.history],
+            "best_epoch": self.state.best_epoch,
+            "best_weights": dict(self.state.best_weights),
+            "seconds": self.state.seconds,
+            "published": self.state.published,
+        }
+        with replacing(self.folder / "checkpoint.pt") as temporary:
+            torch.save(content, temporary)
+
+    def _show(self, metrics: Metrics) -> None:
+        write_durably(self.folder / "metrics.csv", metrics_csv(self.state.history))
+        with replacing(self.folder / "curves.png") as temporary:
+            draw_curves(self.state.history, self.state.best_epoch, self.task).savefig(temporary, dpi=150)
+        _log_scalars(self.folder / "tensorboard", metrics)
+        self._write_status("running", self._last.text)
+
+    def _write_status(self, state: str, text: str) -> None:
+        self._status_time = time.monotonic()
+        history = [{name: _finite(value) for name, value in metrics.items()} for metrics in self.state.history]
+        status = {
+            "task": self._last.task,
+            "state": state,
+            "epoch": len(history),
+            "epochs": self.epochs,
+            "done": self._last.done,
+            "total": self._last.total,
+            "text": text,
+            "best_epoch": self.state.best_epoch,
+            "metrics": history[-1] if history else {},
+            "history": history,
+            "updated": utc_now(),
+        }
+        write_durably(self.folder / "status.json", json.dumps(status, indent=1, allow_nan=False) + "\n")
+
+
+def metrics_csv(history: Sequence[Metrics]) -> str:
+    """The metrics as CSV, a row an epoch; a figure that is not defined is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(history[0])
+    for metrics in history:
+        writer.writerow("" if not math.isfinite(value) else value for value in metrics.values())
+    return text.getvalue()
+
+
+def draw_curves(history: Sequence[Metrics], best_epoch: int, title: str) -> Figure:
+    """One figure of a training: losses, how well it decides, and (stage I) how well it looks."""
+    figure = Figure(figsize=(13 if "attention_loss" in history[0] else 9, 3.8), layout="constrained")
+    panels = [panel for panel in _PANELS if panel.curves[0].name in history[0]]
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_panel(axes, panel, history, best_epoch)
+    figure.suptitle(f"{title}: epoch {len(history)}, best so far {best_epoch}", x=0.01, ha="left", fontsize=12)
+    return figure
+
+
+def git_revision() -> str:
+    """Commit of the program with ``-dirty`` where files changed since; empty outside a checkout of it."""
+    here = Path(__file__)
+    commands = (
+        ["ls-files", "--error-unmatch", here.name],
+        ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+    )
+    output = ""
+    for command in commands:
+        try:
+            done = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if done.returncode:
+            return ""
+        output = done.stdout.strip()
+    return output
+
+
+def utc_now() -> str:
+    """Now, ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _rank(metrics: Metrics) -> tuple[float, float]:
+    """Epochs are better the higher this is; equal ones leave the earlier."""
+    return metrics["validation_accuracy"], -metrics["validation_loss"]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _log_scalars(folder: Path, metrics: Metrics) -> None:
+    """One epoch for TensorBoard; an epoch that was done twice (killed in between) replaces the former."""
+    from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it
+
+    epoch = int(metrics["epoch"])
+    with SummaryWriter(folder, purge_step=epoch) as writer:
+        for name, value in metrics.items():
+            if name != "epoch":
+                side, _, figure = name.partition("validation_")
+                tag = f"{figure}/validation" if figure else f"{side}/train"
+                writer.add_scalar(tag, value, epoch)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    name: str
+    label: str
+    colour: str
+    style: str = "-"
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    curves: tuple[_Curve, ...]
+    share: bool
+
+
+# Okabe and Ito's palette: told apart by colour-blind readers, too
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_PANELS = (
+    _Panel(
+        "Loss",
+        (
+            _Curve("loss", "training", _BLUE, "--"),
+            _Curve("validation_loss", "validation", _BLUE),
+            _Curve("validation_classification_loss", "  of it classification", _ORANGE),
+            _Curve("validation_attention_loss", "  attention, before its weight", _GREEN),
+        ),
+        share=False,
+    ),
+    _Panel(
+        "Decision",
+        (
+            _Curve("accuracy", "accuracy, training", _BLUE, "--"),
+            _Curve("validation_accuracy", "accuracy, validation", _BLUE),
+            _Curve("validation_auc", "AUC, validation", _ORANGE),
+        ),
+        share=True,
+    ),
+    _Panel(
+        "Attention on slabs with embolism",
+        (
+            _Curve("validation_pointing", "maximum inside the mask, validation", _GREEN),
+            _Curve("empty_maps", "empty map, training", _PURPLE, "--"),
+            _Curve("validation_empty_maps", "empty map, validation", _PURPLE),
+        ),
+        share=True,
+    ),
+)
+
+
+def _draw_panel(axes: Axes, panel: _Panel, history: Sequence[Metrics], best_epoch: int) -> None:
+    epochs = [metrics["epoch"] for metrics in history]
+    for curve in panel.curves:
+        if curve.name in history[0]:
+            values = [metrics[curve.name] for metrics in history]
+            marker = "o" if len(history) < 12 else ""
+            axes.plot(epochs, values, curve.style, color=curve.colour, label=curve.label, marker=marker, markersize=4)
+    axes.axvline(best_epoch, color="0.75", linewidth=6, alpha=0.4, zorder=0)
+    axes.set_title(panel.title, loc="left", fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.share:
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
