@@ -1,0 +1,643 @@
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+
+import nrrd
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pe_app.annotation import (
+    ReviewedSlice,
+    SparseAnnotation,
+    read_segmentation,
+    slice_masks,
+    slice_schedule,
+)
+from pe_app.errors import InputError
+from pe_app.lungs import SliceRange
+from pe_app.volume import Volume, axial_affine
+
+SHAPE = (9, 14, 11)
+SPACING = (2.5, 0.8, 0.7)
+ORIGIN = (-31.0, 12.5, -200.25)
+CT = Volume(
+    np.random.default_rng(5).integers(-1024, 500, SHAPE).astype(np.int16), axial_affine(SPACING, ORIGIN), "the CT"
+)
+READERS = st.text(st.characters(categories=("L", "N", "Zs"), include_characters=".,:;-{}[]()'&"), max_size=12).filter(
+    str.isprintable
+)
+TIMES = st.datetimes(min_value=datetime(1900, 1, 1)).map(lambda time: time.isoformat(timespec="seconds") + "Z")
+QUICK = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def annotations(draw):
+    annotation = SparseAnnotation.empty(CT)
+    for index in draw(st.sets(st.integers(0, SHAPE[0] - 1))):
+        state = draw(st.sampled_from(["embolism", "none", "uncertain"]))
+        mask = None
+        if state == "embolism":
+            mask = np.random.default_rng(draw(st.integers(0, 99))).random(SHAPE[1:]) < 0.2
+            mask[draw(st.integers(0, 13)), draw(st.integers(0, 10))] = True
+        z_mm = float(CT.slice_z_mm[index])
+        reviewed = ReviewedSlice(index, z_mm, state, draw(READERS), draw(st.just("") | TIMES))
+        annotation = annotation.review(reviewed, mask)
+    return annotation
+
+
+def same(one: SparseAnnotation, other: SparseAnnotation) -> bool:
+    masks = one.masks.keys() == other.masks.keys() and all(
+        np.array_equal(one.masks[index], other.masks[index]) for index in one.masks
+    )
+    return masks and one.to_json() == other.to_json()
+
+
+def reviewed(index: int, state: str = "none") -> ReviewedSlice:
+    return ReviewedSlice(index, float(CT.slice_z_mm[index]), state, "AB", "2024-05-31T08:15:00Z")
+
+
+def outline(row: int = 3, column: int = 4) -> np.ndarray:
+    mask = np.zeros(SHAPE[1:], dtype=bool)
+    mask[row : row + 3, column : column + 2] = True
+    return mask
+
+
+def example() -> SparseAnnotation:
+    annotation = SparseAnnotation.empty(CT).review(reviewed(2, "embolism"), outline())
+    return annotation.review(reviewed(6, "uncertain")).review(reviewed(4))
+
+
+def header_of(path: Path) -> dict:
+    return nrrd.read(str(path), index_order="F")[1]
+
+
+# what is reviewed
+
+
+def test_a_slice_that_is_not_listed_is_not_reviewed_and_not_negative():
+    annotation = example()
+    states = [annotation.state(index) for index in range(SHAPE[0])]
+    assert states == [None, None, "embolism", None, "none", None, "uncertain", None, None]
+
+
+def test_a_schedule_is_complete_when_all_of_its_slices_are_reviewed_whatever_was_seen():
+    annotation = example()
+    assert annotation.open_slices([0, 2, 4, 6, 8]) == (0, 8)
+    assert not annotation.is_complete([0, 2])
+    assert annotation.is_complete([2, 4, 6])
+    assert SparseAnnotation.empty(CT).open_slices([1, 5]) == (1, 5)
+
+
+def test_reviewing_a_slice_again_replaces_the_word_and_the_outline():
+    first = example()
+    second = first.review(reviewed(2, "none"))
+    assert second.state(2) == "none"
+    assert dict(second.masks) == {}
+    assert first.state(2) == "embolism", "the former annotation is unchanged"
+    third = second.review(reviewed(2, "embolism"), outline(8, 1))
+    assert np.array_equal(third.masks[2], outline(8, 1))
+    assert [entry.slice_index for entry in third.slices] == [2, 4, 6]
+
+
+def test_an_outline_cannot_be_changed_behind_the_annotation():
+    mask = outline()
+    annotation = SparseAnnotation.empty(CT).review(reviewed(2, "embolism"), mask)
+    mask[:] = False
+    assert annotation.masks[2].sum() == 6
+    with pytest.raises(ValueError, match="read-only"):
+        annotation.masks[2][0, 0] = True
+
+
+@pytest.mark.parametrize("mask", [None, np.zeros(SHAPE[1:], dtype=bool)])
+def test_embolism_without_an_outline_is_refused(mask):
+    with pytest.raises(InputError, match="slice 2 is listed as embolism but nothing is outlined"):
+        SparseAnnotation.empty(CT).review(reviewed(2, "embolism"), mask)
+
+
+@pytest.mark.parametrize("state", ["none", "uncertain"])
+def test_an_outline_on_a_slice_without_embolism_is_refused(state):
+    with pytest.raises(InputError, match="outline on slice 2, which is not listed as embolism"):
+        SparseAnnotation.empty(CT).review(reviewed(2, state), outline())
+
+
+def test_an_outline_of_another_matrix_is_refused():
+    with pytest.raises(InputError, match=r"the mask of slice 2 is \(5, 5\), not \(14, 11\)"):
+        SparseAnnotation.empty(CT).review(reviewed(2, "embolism"), np.ones((5, 5), dtype=bool))
+
+
+def test_a_dense_mask_becomes_reviewed_slices_only_where_somebody_looked():
+    dense = np.zeros(SHAPE, dtype=np.uint8)
+    dense[2:6] = outline() * 3
+    annotation = SparseAnnotation.from_mask(CT, CT.with_voxels(dense), [0, 3, 6], "AB", "2024-05-31T08:15:00Z")
+    assert [(entry.slice_index, entry.state) for entry in annotation.slices] == [
+        (0, "none"),
+        (3, "embolism"),
+        (6, "none"),
+    ]
+    assert list(annotation.masks) == [3]
+    assert [entry.z_mm for entry in annotation.slices] == [-200.25, -192.75, -185.25]
+
+
+def test_a_dense_mask_on_another_grid_or_a_slice_that_does_not_exist_is_refused():
+    mask = Volume(np.zeros(SHAPE, dtype=np.uint8), axial_affine(SPACING, (0, 0, 0)), "mask.nrrd")
+    with pytest.raises(InputError, match=r"mask\.nrrd: the mask lies on another grid than the CT the CT"):
+        SparseAnnotation.from_mask(CT, mask, [0])
+    with pytest.raises(InputError, match="no slice 9, the slices are 0 to 8"):
+        SparseAnnotation.from_mask(CT, CT.with_voxels(np.zeros(SHAPE, dtype=np.uint8)), [9])
+
+
+# whose annotation it is
+
+
+def test_an_annotation_of_other_voxels_is_refused():
+    other = CT.with_voxels(CT.voxels + 1)
+    with pytest.raises(InputError, match="other voxels than the CT"):
+        example().check_belongs_to(other)
+    example().check_belongs_to(CT)
+
+
+def test_an_annotation_of_another_size_is_refused_with_both_sizes():
+    with pytest.raises(InputError, match="made on 9 x 14 x 11 voxels, but the CT has 8 x 14 x 11"):
+        example().check_belongs_to(Volume(CT.voxels[1:], CT.affine, "the CT"))
+
+
+def test_an_annotation_at_another_spacing_is_refused():
+    with pytest.raises(InputError, match=r"spacing of 2.5 x 0.8 x 0.7 mm, but the CT has 5 x 0.8 x 0.7"):
+        example().check_belongs_to(Volume(CT.voxels, axial_affine((5.0, 0.8, 0.7), ORIGIN), "the CT"))
+
+
+@pytest.mark.parametrize(("shift_mm", "fits"), [(0.0, True), (1.2, True), (-1.2, True), (1.3, False), (-1.3, False)])
+def test_z_must_fit_the_slice_within_half_a_slice(shift_mm, fits):
+    shifted = ReviewedSlice(4, -200.25 + 4 * 2.5 + shift_mm, "none")
+    annotation = SparseAnnotation.empty(CT).review(shifted)
+    if fits:
+        annotation.check_belongs_to(CT)
+    else:
+        with pytest.raises(
+            InputError, match=r"slice 4 is said to lie at z -1\d+\.\d\d mm, but in the CT it lies at -190.25"
+        ):
+            annotation.check_belongs_to(CT)
+
+
+# JSON
+
+
+@QUICK
+@given(annotations())
+def test_json_round_trip(annotation):
+    payload = json.loads(json.dumps(annotation.to_json()))
+    again = SparseAnnotation.from_json(payload, annotation.masks)
+    assert same(annotation, again)
+    assert again.to_json() == payload
+
+
+def test_json_is_the_contract():
+    assert example().to_json() == {
+        "schema": "pe-annotation/1",
+        "image": {"sha256": CT.sha256, "size": [9, 14, 11], "spacing_mm": [2.5, 0.8, 0.7]},
+        "slices": [
+            {"slice_index": i, "z_mm": z, "state": state, "reader": "AB", "time": "2024-05-31T08:15:00Z"}
+            for i, z, state in [(2, -195.25, "embolism"), (4, -190.25, "none"), (6, -185.25, "uncertain")]
+        ],
+    }
+
+
+HOSTILE = [
+    (("schema",), "pe-annotation/2", "unknown schema 'pe-annotation/2', expected 'pe-annotation/1'"),
+    (("schema",), None, "unknown schema None"),
+    (("image",), [], "image must be a JSON object"),
+    (("image", "sha256"), "0" * 63, "64 hexadecimal digits"),
+    (("image", "sha256"), 7, "64 hexadecimal digits"),
+    (("image", "size"), [9, 14], "list of three"),
+    (("image", "size"), [9, 14, True], "counts of voxels"),
+    (("image", "size"), [9, 14, 11.0], "counts of voxels"),
+    (("image", "size"), [9, 14, 10**9], "counts of voxels"),
+    (("image", "spacing_mm"), [2.5, 0.8, 0], "positive numbers"),
+    (("image", "spacing_mm"), [2.5, 0.8, math.nan], "positive numbers"),
+    (("image", "spacing_mm"), [2.5, 0.8, 10**400], "positive numbers"),
+    (("slices",), {}, "slices must be a list"),
+    (("slices",), None, "slices must be a list"),
+    (("slices", 1), 3, "entry 2 of slices must be a JSON object"),
+    (("slices", 1), {}, "entry 2 of slices lacks slice_index"),
+    (("slices", 1, "slice_index"), 2, "slice 2 is listed twice"),
+    (("slices", 1, "slice_index"), -1, "integer from 0 on, got -1"),
+    (("slices", 1, "slice_index"), 9, "slice 9 does not exist, the slices are 0 to 8"),
+    (("slices", 1, "slice_index"), True, "entry 2 of slices: slice_index must be an integer"),
+    (("slices", 1, "slice_index"), 4.0, "entry 2 of slices: slice_index must be an integer"),
+    (("slices", 1, "slice_index"), "4", "entry 2 of slices: slice_index must be an integer"),
+    (("slices", 1, "z_mm"), math.nan, "slice 4: z_mm must be a number"),
+    (("slices", 1, "z_mm"), math.inf, "slice 4: z_mm must be a number"),
+    (("slices", 1, "z_mm"), -(10**400), "slice 4: z_mm must be a number"),
+    (("slices", 1, "z_mm"), False, "slice 4: z_mm must be a number"),
+    (("slices", 1, "z_mm"), None, "slice 4: z_mm must be a number"),
+    (("slices", 1, "state"), "negative", "unknown state 'negative'; the states are embolism, none, uncertain"),
+    (("slices", 1, "state"), ["none"], "unknown state"),
+    (("slices", 1, "state"), "embolism", "nothing is outlined"),
+    (("slices", 0, "state"), "none", "outline on slice 2, which is not listed as embolism"),
+    (("slices", 1, "reader"), "x" * 65, "at most 64 characters"),
+    (("slices", 1, "reader"), None, "at most 64 characters"),
+    (("slices", 1, "reader"), "a|b", "printable"),
+    (("slices", 1, "reader"), "a\nb", "printable"),
+    (("slices", 1, "reader"), "\ud800", "printable"),
+    (("slices", 1, "time"), "yesterday", "ISO 8601 in UTC"),
+    (("slices", 1, "time"), "2024-02-31T08:15:00Z", "ISO 8601 in UTC"),
+    (("slices", 1, "time"), "2024-05-31T08:15:00+02:00", "ISO 8601 in UTC"),
+    (("slices", 1, "time"), "2024-05-31|08:15:00Z", "ISO 8601 in UTC"),
+    (("slices", 1, "time"), 1717143300, "ISO 8601 in UTC"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "sentence"), HOSTILE)
+def test_hostile_json_is_refused_with_a_sentence(where, value, sentence):
+    payload = example().to_json()
+    *folders, last = where
+    node = payload
+    for step in folders:
+        node = node[step]
+    node[last] = value
+    with pytest.raises(InputError) as error:
+        SparseAnnotation.from_json(payload, example().masks)
+    assert sentence in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(JSON_VALUES, st.data())
+def test_any_json_is_either_refused_or_kept(value, data):
+    with pytest.raises(InputError):
+        SparseAnnotation.from_json(value, {})
+    payload = copy.deepcopy(example().to_json())
+    node = payload
+    while True:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], (dict, list)) or not node[key] or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = value
+    try:
+        kept = SparseAnnotation.from_json(payload, example().masks).to_json()
+    except InputError:
+        return
+    assert kept["image"] == payload["image"]
+    for entry, given_entry in zip(
+        kept["slices"], sorted(payload["slices"], key=lambda e: e["slice_index"]), strict=True
+    ):
+        assert entry == given_entry
+
+
+# files
+
+
+@QUICK
+@given(annotations())
+def test_write_read_round_trip(tmp_path, annotation):
+    annotation.write(tmp_path / "a.b.json", CT)
+    assert same(SparseAnnotation.read(tmp_path / "a.b.json", CT), annotation)
+    assert same(SparseAnnotation.read(tmp_path / "a.b.json"), annotation)
+    assert same(SparseAnnotation.read(tmp_path / "a.b.seg.nrrd", CT), annotation)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.json", "a.b.seg.nrrd"]
+
+
+def test_pynrrd_finds_every_outlined_voxel_at_its_place_in_the_patient(tmp_path):
+    example().write(tmp_path / "a.json", CT)
+    voxels, header = nrrd.read(str(tmp_path / "a.seg.nrrd"), index_order="F")
+    assert header["space"] == "left-posterior-superior"
+    assert voxels.dtype == np.uint8
+    found = np.argwhere(voxels == 1) @ header["space directions"] + header["space origin"]
+    rows, columns = np.nonzero(outline())
+    x, y, z = ORIGIN
+    expected = {
+        (round(x + 0.7 * c, 3), round(y + 0.8 * r, 3), round(z + 2.5 * 2, 3))
+        for r, c in zip(rows, columns, strict=True)
+    }
+    assert {tuple(np.round(point, 3)) for point in found} == expected
+
+
+def test_pynrrd_reads_the_fields_that_slicer_knows_a_segmentation_by(tmp_path):
+    example().write(tmp_path / "a.json", CT)
+    header = header_of(tmp_path / "a.seg.nrrd")
+    assert header["encoding"] == "gzip"
+    assert list(header["kinds"]) == ["domain"] * 3
+    assert header["Segment0_Name"] == "embolism"
+    assert header["Segment0_ID"] == "embolism"
+    assert header["Segment0_LabelValue"] == "1"
+    assert header["Segment0_Layer"] == "0"
+    assert header["Segment0_Extent"] == "0 10 0 13 0 8"
+    assert header["Segmentation_MasterRepresentation"] == "Binary labelmap"
+    tags = dict(tag.split(":", 1) for tag in header["Segment0_Tags"].split("|") if tag)
+    assert json.loads(tags["PE.Review"]) == example().to_json()
+
+
+def test_a_tag_with_every_slice_of_a_long_study_survives(tmp_path):
+    volume = Volume(np.zeros((900, 2, 2), dtype=np.int16), axial_affine((1.0, 1.0, 1.0)))
+    mask = volume.with_voxels(np.ones((900, 2, 2), dtype=np.uint8))
+    annotation = SparseAnnotation.from_mask(volume, mask, range(900), "R" * 64, "2024-05-31T08:15:00Z")
+    annotation.write(tmp_path / "a.json", volume)
+    assert same(SparseAnnotation.read(tmp_path / "a.seg.nrrd"), annotation)
+
+
+def test_an_annotation_is_not_written_beside_another_ct(tmp_path):
+    with pytest.raises(InputError, match="other voxels"):
+        example().write(tmp_path / "a.json", CT.with_voxels(CT.voxels + 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_is_no_json_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"a\.nrrd: an annotation is a \.json file"):
+        example().write(tmp_path / "a.nrrd", CT)
+
+
+def test_a_save_interrupted_between_both_files_is_detected_and_the_newer_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    example().write(path, CT)
+    newer = example().review(reviewed(7, "embolism"), outline(1, 1))
+
+    def power_cut(*_):
+        raise OSError("power cut")
+
+    monkeypatch.setattr("pe_app.annotation.write_durably", power_cut)
+    with pytest.raises(OSError, match="power cut"):
+        newer.write(path, CT)
+    with pytest.raises(InputError, match=r"a\.json: the outlines in a\.seg\.nrrd are of another save"):
+        SparseAnnotation.read(path, CT)
+    assert same(SparseAnnotation.read(tmp_path / "a.seg.nrrd", CT), newer)
+
+
+def test_a_save_that_fails_at_the_outlines_leaves_the_former_annotation(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    example().write(path, CT)
+
+    def disk_full(image, name, **_):
+        Path(name).write_bytes(b"NRRD0004\nhalf")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("pe_app.annotation.sitk.WriteImage", disk_full)
+    with pytest.raises(RuntimeError, match="disk full"):
+        example().review(reviewed(0)).write(path, CT)
+    assert same(SparseAnnotation.read(path, CT), example())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.seg.nrrd"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "a.json: is not valid JSON"),
+        (b'{"schema":', "a.json: is not valid JSON"),
+        (b"\xff\xfe{", "a.json: is not UTF-8 text"),
+        (b"[" * 100_000, "a.json: is not valid JSON"),
+        (b"[]", "a.json: annotation: the annotation must be a JSON object"),
+    ],
+)
+def test_a_damaged_json_is_refused_by_name(tmp_path, content, sentence):
+    path = tmp_path / "a.json"
+    SparseAnnotation.empty(CT).write(path, CT)
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        SparseAnnotation.read(path, CT)
+    assert str(error.value).startswith(sentence)
+
+
+def test_missing_files_are_named(tmp_path):
+    example().write(tmp_path / "a.json", CT)
+    (tmp_path / "b.json").write_bytes((tmp_path / "a.json").read_bytes())
+    with pytest.raises(InputError, match=r"b\.seg\.nrrd: there is no such file"):
+        SparseAnnotation.read(tmp_path / "b.json", CT)
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(InputError, match=r"a\.json: cannot be read: No such file"):
+        SparseAnnotation.read(tmp_path / "a.json", CT)
+
+
+def test_a_truncated_or_foreign_segmentation_is_refused(tmp_path):
+    path = tmp_path / "a.seg.nrrd"
+    example().write(tmp_path / "a.json", CT)
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[:300], whole[:-12]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"a\.seg\.nrrd: is damaged or not a segmentation"):
+            read_segmentation(path, CT)
+
+
+def test_a_header_that_points_to_another_file_is_refused(tmp_path):
+    example().write(tmp_path / "a.json", CT)
+    header = (tmp_path / "a.seg.nrrd").read_bytes().split(b"\n\n")[0]
+    (tmp_path / "secret.raw.gz").write_bytes(gzip.compress(bytes(math.prod(SHAPE))))
+    detached = tmp_path / "b.seg.nrrd"
+    detached.write_bytes(header + b"\ndata file: " + str(tmp_path / "secret.raw.gz").encode() + b"\n\n")
+    with pytest.raises(InputError, match=r"b\.seg\.nrrd: its voxels are in another file"):
+        read_segmentation(detached, CT)
+
+
+# .seg.nrrd as 3D Slicer writes them (headers as those of slicer-core 5.11)
+
+
+def slicer_file(path, voxels, directions, origin, segments, space="left-posterior-superior", master=True):
+    """A .seg.nrrd written by pynrrd; ``voxels`` in the file's axis order (list axis first where 4-D)."""
+    header = {
+        "type": "unsigned char",
+        "space": space,
+        "kinds": ["list"] * (voxels.ndim - 3) + ["domain"] * 3,
+        "space directions": np.vstack([np.full((voxels.ndim - 3, 3), np.nan), directions]),  # nan is written "none"
+        "space origin": np.array(origin, float),
+        "encoding": "gzip",
+    }
+    if master:
+        header["Segmentation_MasterRepresentation"] = "Binary labelmap"
+        header["Segmentation_ContainedRepresentationNames"] = "Binary labelmap|"
+        header["Segmentation_ConversionParameters"] = "Smoothing factor|0.5|Smoothing: 0 to 1.&Oversampling|1|x:=y&"
+    for number, (name, layer, value) in enumerate(segments):
+        header |= {f"Segment{number}_Name": name, f"Segment{number}_ID": f"Segment_{number}"}
+        header |= {f"Segment{number}_Layer": str(layer), f"Segment{number}_LabelValue": str(value)}
+        header[f"Segment{number}_Tags"] = "TerminologyEntry:Segmentation category~SCT^85756007^Tissue~^^|"
+    nrrd.write(str(path), voxels.astype(np.uint8), header, index_order="F")
+
+
+def truth() -> np.ndarray:
+    mask = np.zeros(SHAPE, dtype=np.uint8)
+    mask[2] = outline()
+    mask[5] = outline(7, 2)
+    return mask
+
+
+DIRECTIONS = np.diag(SPACING[::-1])  # of the file's axes x, y, z in LPS
+
+
+def test_a_cropped_extent_with_its_own_origin_lands_on_the_ct(tmp_path):
+    voxels = truth().transpose(2, 1, 0)[1:7, 2:12, 2:6]
+    origin = np.array(ORIGIN) + np.array([1, 2, 2]) @ DIRECTIONS
+    slicer_file(tmp_path / "s.seg.nrrd", voxels, DIRECTIONS, origin, [("embolism", 0, 1)])
+    assert np.array_equal(read_segmentation(tmp_path / "s.seg.nrrd", CT).voxels, truth())
+
+
+@QUICK
+@given(st.permutations(range(3)), st.tuples(st.booleans(), st.booleans(), st.booleans()), st.booleans())
+def test_any_order_of_axes_in_either_space_lands_on_the_ct(tmp_path, order, flips, ras):
+    voxels, directions, origin = truth().transpose(2, 1, 0), DIRECTIONS.copy(), np.array(ORIGIN)
+    for axis in range(3):
+        if flips[axis]:
+            origin = origin + directions[axis] * (voxels.shape[axis] - 1)
+            directions[axis] *= -1
+            voxels = np.flip(voxels, axis)
+    voxels, directions = voxels.transpose(order), directions[list(order)]
+    sign = np.array([-1, -1, 1]) if ras else 1
+    space = "right-anterior-superior" if ras else "left-posterior-superior"
+    path = tmp_path / "s.seg.nrrd"
+    slicer_file(path, voxels, directions * sign, origin * sign, [("embolism", 0, 1)], space)
+    assert np.array_equal(read_segmentation(path, CT).voxels, truth())
+
+
+def test_of_several_segments_in_one_layer_the_embolism_is_taken(tmp_path):
+    voxels = np.full(SHAPE, 3)
+    voxels[truth() == 1] = 2
+    segments = [("_guard", 0, 3), ("embolism", 0, 2), ("lung", 0, 1)]
+    slicer_file(tmp_path / "s.seg.nrrd", voxels.transpose(2, 1, 0), DIRECTIONS, ORIGIN, segments)
+    assert np.array_equal(read_segmentation(tmp_path / "s.seg.nrrd", CT).voxels, truth())
+
+
+def test_overlapping_segments_in_layers_are_told_apart(tmp_path):
+    voxels = np.stack([np.ones(SHAPE), truth()]).transpose(0, 3, 2, 1)
+    slicer_file(tmp_path / "s.seg.nrrd", voxels, DIRECTIONS, ORIGIN, [("_guard", 0, 1), ("embolism", 1, 1)])
+    assert nrrd.read_header(str(tmp_path / "s.seg.nrrd"))["dimension"] == 4
+    assert np.array_equal(read_segmentation(tmp_path / "s.seg.nrrd", CT).voxels, truth())
+
+
+def test_the_only_segment_that_is_no_helper_is_taken_whatever_its_name(tmp_path):
+    segments = [("_guard", 0, 2), ("Segment_1", 0, 1)]
+    slicer_file(tmp_path / "s.seg.nrrd", truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, segments)
+    assert np.array_equal(read_segmentation(tmp_path / "s.seg.nrrd", CT).voxels, truth())
+
+
+def test_two_segments_without_a_name_for_either_are_refused(tmp_path):
+    segments = [("left", 0, 1), ("right", 0, 2)]
+    slicer_file(tmp_path / "s.seg.nrrd", truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, segments)
+    with pytest.raises(InputError, match=r"which segment holds the emboli\? found left, right; name one"):
+        read_segmentation(tmp_path / "s.seg.nrrd", CT)
+
+
+def test_a_plain_label_map_counts_as_one_segment(tmp_path):
+    slicer_file(tmp_path / "s.nrrd", truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, [], master=False)
+    assert np.array_equal(read_segmentation(tmp_path / "s.nrrd", CT).voxels, truth())
+
+
+def test_a_segment_without_voxels_is_one_voxel_of_any_geometry_and_reads_as_empty(tmp_path):
+    slicer_file(tmp_path / "s.seg.nrrd", np.zeros((1, 1, 1)), np.diag((-1, -1, 1)), (0, 0, 0), [("embolism", 0, 1)])
+    assert not read_segmentation(tmp_path / "s.seg.nrrd", CT).voxels.any()
+
+
+def test_oversampled_or_shifted_voxels_are_refused(tmp_path):
+    path = tmp_path / "s.seg.nrrd"
+    voxels = truth().transpose(2, 1, 0)
+    for directions, origin in ((DIRECTIONS / 2, ORIGIN), (DIRECTIONS, np.add(ORIGIN, (0.35, 0, 0)))):
+        slicer_file(path, voxels, directions, origin, [("embolism", 0, 1)])
+        with pytest.raises(InputError, match="its voxels are not those of the CT"):
+            read_segmentation(path, CT)
+
+
+def test_an_outline_outside_of_the_ct_is_refused(tmp_path):
+    path = tmp_path / "s.seg.nrrd"
+    slicer_file(path, truth().transpose(2, 1, 0), DIRECTIONS, np.add(ORIGIN, (0, 0, 25.0)), [("embolism", 0, 1)])
+    with pytest.raises(InputError, match="outlined outside of the CT"):
+        read_segmentation(path, CT)
+
+
+def test_header_numbers_that_are_none_are_refused(tmp_path):
+    path = tmp_path / "s.seg.nrrd"
+    slicer_file(path, truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, [("embolism", 0, "one")])
+    with pytest.raises(InputError, match="Segment0_LabelValue must be an integer, got 'one'"):
+        read_segmentation(path, CT)
+    slicer_file(path, truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, [("embolism", 5, 1)])
+    with pytest.raises(InputError, match="layer 5 of 1"):
+        read_segmentation(path, CT)
+
+
+def test_a_segmentation_alone_does_not_say_what_was_reviewed_but_its_masks_can_be_taken(tmp_path):
+    path = tmp_path / "s.seg.nrrd"
+    slicer_file(path, truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, [("embolism", 0, 1)])
+    with pytest.raises(InputError, match="does not say which slices were reviewed"):
+        SparseAnnotation.read(path, CT)
+    mask = read_segmentation(path, CT)
+    annotation = SparseAnnotation.from_mask(CT, mask, [*slice_masks(mask.voxels), 8])
+    assert [(entry.slice_index, entry.state) for entry in annotation.slices] == [
+        (2, "embolism"),
+        (5, "embolism"),
+        (8, "none"),
+    ]
+
+
+def test_a_part_of_the_grid_cannot_be_placed_without_the_ct(tmp_path):
+    example().write(tmp_path / "a.json", CT)
+    voxels = truth()[:4].transpose(2, 1, 0)
+    slicer_file(tmp_path / "a.seg.nrrd", voxels, DIRECTIONS, ORIGIN, [("embolism", 0, 1)])
+    with pytest.raises(InputError, match="part of the grid only; give its CT too"):
+        SparseAnnotation.read(tmp_path / "a.json")
+    assert same(SparseAnnotation.read(tmp_path / "a.json", CT), example())
+
+
+# the schedule
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.floats(0.5, 20), st.integers(1, 300), st.floats(3, 40), st.data(), st.floats(-500, 500, allow_subnormal=False)
+)
+def test_the_schedule_covers_the_lung_about_every_step(spacing_mm, slices, every_mm, data, bottom):
+    first = data.draw(st.integers(0, slices - 1))
+    last = data.draw(st.integers(first, slices - 1))
+    volume = Volume(np.zeros((slices, 1, 1), np.int16), axial_affine((spacing_mm, 1, 1), (0, 0, bottom)))
+    schedule = slice_schedule(volume, every_mm, SliceRange(first, last))
+    assert list(schedule) == sorted(set(schedule))
+    assert first <= schedule[0]
+    assert schedule[-1] <= last
+    assert (schedule[0] - first) * spacing_mm <= every_mm / 2 + spacing_mm / 2
+    assert (last - schedule[-1]) * spacing_mm <= every_mm / 2 + spacing_mm / 2
+    if len(schedule) > 1:
+        assert (schedule[0], schedule[-1]) == (first, last)
+        gaps = np.diff(schedule) * spacing_mm
+        assert gaps.max() <= 1.5 * every_mm + spacing_mm + 1e-6
+        length = (last - first) * spacing_mm
+        if spacing_mm <= every_mm / 2 and length > 10 * every_mm:
+            assert np.abs(gaps - every_mm).max() <= spacing_mm + 0.06 * every_mm
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "lung", "expected"),
+    [
+        (1.0, (10, 60), (10, 20, 30, 40, 50, 60)),
+        (2.5, (0, 20), (0, 4, 8, 12, 16, 20)),
+        (5.0, (1, 9), (1, 3, 5, 7, 9)),
+        (10.0, (2, 7), (2, 3, 4, 5, 6, 7)),
+        (12.5, (0, 8), tuple(range(9))),
+        (3.0, (4, 4), (4,)),
+    ],
+)
+def test_the_schedule_by_hand(spacing_mm, lung, expected):
+    volume = Volume(np.zeros((70, 1, 1), np.int16), axial_affine((spacing_mm, 1, 1), (0, 0, -77.7)))
+    assert slice_schedule(volume, lung=SliceRange(*lung)) == expected
+
+
+def test_a_range_shorter_than_half_a_step_gets_its_middle_slice():
+    volume = Volume(np.zeros((70, 1, 1), np.int16), axial_affine((1.0, 1, 1), (0, 0, -77.7)))
+    assert slice_schedule(volume, lung=SliceRange(7, 11)) == (9,)
+
+
+def test_the_schedule_finds_the_lung_itself(monkeypatch):
+    monkeypatch.setattr("pe_app.annotation.lung_range", lambda volume: SliceRange(1, 5))
+    assert slice_schedule(CT) == (1, 5)
+
+
+def test_a_step_that_is_none_is_a_programmers_mistake():
+    with pytest.raises(ValueError, match="every_mm must be positive"):
+        slice_schedule(CT, 0.0, SliceRange(0, 8))
