@@ -37,8 +37,10 @@ class EncoderConfig:
     attention_score: Literal["difference", "positive_logit"] = "difference"
 
     def __post_init__(self) -> None:
-        if self.attention_score not in ("difference", "positive_logit") or min(self.slices_per_slab, self.width) < 1:
-            raise ValueError(f"expected positive sizes and an attention score of 'difference' or so, got {self}")
+        if self.attention_score not in ("difference", "positive_logit"):
+            raise ValueError(f"attention_score must be 'difference' or 'positive_logit', got {self.attention_score!r}")
+        if min(self.slices_per_slab, self.width) < 1:
+            raise ValueError(f"a slab needs slices and the network channels, got {self}")
 
     @property
     def feature_channels(self) -> int:

@@ -229,6 +229,8 @@ def test_files_that_are_no_weights_are_refused_and_run_no_code(tmp_path, encoder
     assert capsys.readouterr().out == ""
 
 
-def test_unknown_attention_score_is_refused():
+def test_settings_without_meaning_are_refused():
+    with pytest.raises(ValueError, match="width=0"):
+        EncoderConfig(width=0)
     with pytest.raises(ValueError, match="'softmax'"):
         EncoderConfig(attention_score="softmax")
