@@ -76,8 +76,10 @@ def read_segment(path: Path) -> Segment:
         return Segment(volume_from_image(image != 0, path.name), {})
     layer = _header_integer(fields, f"Segment{number}_Layer", number if layers > 1 else 0, path.name)
     value = _header_integer(fields, f"Segment{number}_LabelValue", 1, path.name)
-    if not 0 <= layer < layers:
-        raise InputError(f"{path.name}: the segment is said to lie in layer {layer} of {layers}; save it again")
+    if layer >= layers or value == 0:
+        raise InputError(
+            f"{path.name}: its segment is said to be label {value} in layer {layer} of {layers}; save it again"
+        )
     if layers > 1:
         image = sitk.VectorIndexSelectionCast(image, layer)
     tags = dict(tag.split(":", 1) for tag in fields.get(f"Segment{number}_Tags", "").split("|") if ":" in tag)

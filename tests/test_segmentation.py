@@ -136,7 +136,10 @@ def test_header_numbers_that_are_none_are_refused(tmp_path):
     with pytest.raises(InputError, match="Segment0_LabelValue must be an integer, got 'one'"):
         read_segmentation(path, CT)
     slicer_file(path, truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, [("embolism", 5, 1)])
-    with pytest.raises(InputError, match="layer 5 of 1"):
+    with pytest.raises(InputError, match="label 1 in layer 5 of 1"):
+        read_segmentation(path, CT)
+    slicer_file(path, truth().transpose(2, 1, 0), DIRECTIONS, ORIGIN, [("embolism", 0, 0)])
+    with pytest.raises(InputError, match="label 0 in layer 0 of 1"):
         read_segmentation(path, CT)
 
 
