@@ -76,14 +76,17 @@ class Runner:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Call one job off; its callbacks are never called."""
+        """The user stops waiting: ``failed`` hears ``Cancelled`` at once, and nothing of the job after that."""
         job.cancel()
-        self._callbacks.pop(job, None)
+        failed = self._callbacks.pop(job, (None, None))[1]
+        if failed is not None:
+            failed(Cancelled("cancelled"))
 
     def drop(self, group: str) -> None:
-        """Call off every job of a group."""
+        """Nobody waits for this group any more: call all of it off in silence."""
         for job in self.jobs(group):
-            self.cancel(job)
+            job.cancel()
+            del self._callbacks[job]
 
     def jobs(self, group: Optional[str] = None) -> list:
         """The running jobs that somebody waits for, the newest last."""

@@ -73,6 +73,7 @@ class Draft:
     based_on: Optional[str]
     slices_sent: bool
     label_sent: bool
+    queued: bool
     reader: str
     time: str
     stamp: int
@@ -84,7 +85,7 @@ class Draft:
     def acknowledged(self, saved: Optional[Saved]) -> Draft:
         """The same work, known to the server: kept for the reader's decisions on candidates."""
         revision = saved.revision if saved else self.based_on
-        return replace(self, slices_sent=True, label_sent=True, based_on=revision)
+        return replace(self, slices_sent=True, label_sent=True, queued=False, based_on=revision)
 
     def annotation(self) -> dict:
         """The reviewed slices as schema pe-annotation/1."""
@@ -130,34 +131,38 @@ class Drafts:
         """Write, durably. A draft older than the one written is left out: threads may come in any order."""
         path = self._path(draft.server, draft.study)
         with self._lock:
-            if self._newest.get(path, 0) > draft.stamp:
-                return
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary = path.with_suffix(".part")
-            with open(temporary, "w", encoding="utf-8") as out:
-                json.dump(draft.to_json(), out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, path)
-            self._newest[path] = draft.stamp
+            if self._newest.get(path, 0) <= draft.stamp:
+                self._write(draft, path)
+                self._newest[path] = draft.stamp
 
     def read(self, server: str, study: str) -> Optional[Draft]:
         """The last draft of a study, or None if there is none or it cannot be read (then it is set aside)."""
         return self._read(self._path(server, study))
 
     def pending(self, server: str) -> List[Draft]:
-        """The drafts with work that this server has not acknowledged."""
+        """The drafts that were to be sent and that this server has not acknowledged."""
         drafts = [self._read(path) for path in sorted(self.folder.glob("*.json"))]
-        return [draft for draft in drafts if draft and draft.server == server and draft.unsent]
+        return [draft for draft in drafts if draft and draft.server == server and draft.unsent and draft.queued]
 
     def set_aside(self, draft: Draft) -> Path:
         """Keep the draft under another name, so that it is not offered again and not lost."""
         path = self._path(draft.server, draft.study)
+        aside = path.with_suffix(f".{draft.stamp}.aside")
         with self._lock:
-            aside = path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}-{draft.stamp % 10**6}.aside")
+            self._write(draft, aside)
             if path.exists():
-                os.replace(path, aside)
+                path.unlink()
+            self._newest[path] = max(draft.stamp, self._newest.get(path, 0))
         return aside
+
+    def _write(self, draft: Draft, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = path.with_name(path.name + ".part")
+        with open(temporary, "w", encoding="utf-8") as out:
+            json.dump(draft.to_json(), out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
 
     def _path(self, server: str, study: str) -> Path:
         return self.folder / (hashlib.sha256(f"{server}\n{study}".encode()).hexdigest()[:24] + ".json")
@@ -221,6 +226,7 @@ class ReviewSession:
         self._undo: List[tuple] = []
         self._slices_sent = True
         self._label_sent = True
+        self.queued = False
 
     # --- what is to be read
 
@@ -236,6 +242,10 @@ class ReviewSession:
         """What was decided on slice ``k``; "" if nothing."""
         mark = self._marks.get(k)
         return mark.state if mark else ""
+
+    def z_mm(self, k: int) -> float:
+        """LPS z of a slice."""
+        return self._z_mm[k]
 
     def is_listed(self, k: int) -> bool:
         """Whether slice ``k`` may be painted: it is on the schedule, was reviewed, or was added by the reader."""
@@ -343,8 +353,13 @@ class ReviewSession:
             self.server, self.study, self.image, self.shape, self.affine,
             tuple(self._marks[k] for k in sorted(self._marks)), dict(self.masks),
             self.label, dict(self.decisions), self.model, self.revision,
-            self._slices_sent, self._label_sent, self.reader, now(), time.time_ns(),
+            self._slices_sent, self._label_sent, self.queued, self.reader, now(), time.time_ns(),
         )  # fmt: skip
+
+    def queue(self) -> Draft:
+        """A snapshot that is to be sent, and sent again until the server has it."""
+        self.queued = True
+        return self.snapshot()
 
     def acknowledge(self, draft: Draft, saved: Optional[Saved]) -> None:
         """The server has this snapshot. Changes made since then are still to be sent."""
@@ -354,6 +369,7 @@ class ReviewSession:
             same_marks = draft.marks == tuple(self._marks[k] for k in sorted(self._marks))
             same_masks = all(draft.masks[k] is self.masks.get(k) for k in draft.masks)
             self._slices_sent = same_marks and same_masks
+        self.queued = self.unsent
 
     def adopt(self, annotation: Optional[Mapping[str, Any]], masks: Masks, revision: Optional[str]) -> None:
         """Begin from the server's version; nothing of it has to be sent."""

@@ -1,0 +1,138 @@
+"""The module as Slicer requires it: its entry, the shell of its widget, and the self-test.
+
+Everything else is in PulmonaryEmbolismLib, which is imported when the module is opened, not when Slicer starts.
+"""
+
+import pathlib
+
+import qt
+import slicer
+from slicer.i18n import tr as _
+from slicer.i18n import translate
+from slicer.ScriptedLoadableModule import (
+    ScriptedLoadableModule,
+    ScriptedLoadableModuleTest,
+    ScriptedLoadableModuleWidget,
+)
+from slicer.util import VTKObservationMixin
+
+
+class PulmonaryEmbolism(ScriptedLoadableModule):
+    def __init__(self, parent):
+        ScriptedLoadableModule.__init__(self, parent)
+        parent.title = _("Pulmonary Embolism")
+        parent.categories = [translate("qSlicerAbstractCoreModule", "Active Learning")]
+        parent.dependencies = ["Segmentations", "SegmentEditor"]
+        parent.contributors = ["The pe-app contributors"]
+        parent.helpText = _(
+            "Annotate pulmonary embolism on every 10 mm of a chest CT, review what a model says of the study, and "
+            "fetch the next study from a server started with <tt>pe-app serve</tt>. The CT comes from that server and "
+            "your annotations go to it; nothing is sent anywhere else. Research use only, not for diagnosis."
+        )
+        parent.acknowledgementText = _("Built on 3D Slicer and MONAI Label.")
+
+
+class PulmonaryEmbolismWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
+    def __init__(self, parent=None):
+        ScriptedLoadableModuleWidget.__init__(self, parent)
+        VTKObservationMixin.__init__(self)
+        self.panel = None
+
+    def setup(self):
+        from PulmonaryEmbolismLib.widget import Panel
+
+        ScriptedLoadableModuleWidget.setup(self)
+        root = slicer.util.loadUI(self.resourcePath("UI/PulmonaryEmbolism.ui"))
+        root.setMRMLScene(slicer.mrmlScene)
+        self.layout.addWidget(root)
+        places = qt.QStandardPaths
+        data = pathlib.Path(places.writableLocation(places.AppDataLocation)) / "PulmonaryEmbolism"
+        cache = pathlib.Path(places.writableLocation(places.CacheLocation)) / "PulmonaryEmbolism"
+        self.panel = Panel(slicer.util.childWidgetVariables(root), data, cache)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneClosed)
+
+    def enter(self):
+        self.panel.enter()
+
+    def exit(self):
+        self.panel.exit()
+
+    def cleanup(self):
+        self.removeObservers()
+        if self.panel is not None:
+            self.panel.cleanup()
+
+    def onSceneClosed(self, caller, event):
+        self.panel.scene_closed()
+
+
+class PulmonaryEmbolismTest(ScriptedLoadableModuleTest):
+    """The reader's day against a server of this project, which the environment variable PE_SERVER names.
+
+    Without it the part that needs no server runs: a study of air is opened, painted and read back.
+    """
+
+    def setUp(self):
+        slicer.mrmlScene.Clear()
+
+    def runTest(self):
+        self.setUp()
+        self.test_paint_is_confined_to_the_guarded_slice()
+        self.setUp()
+        self.test_a_reader_opens_marks_and_saves_a_study()
+
+    def test_paint_is_confined_to_the_guarded_slice(self):
+        import numpy as np
+        from PulmonaryEmbolismLib.images import Image
+        from PulmonaryEmbolismLib.scene import StudyScene
+
+        editor = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode")
+        affine = np.array([[0, 0, 1.0, 0], [0, 1.0, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1.0]])
+        study = StudyScene(slicer.mrmlScene, Image(np.full((12, 32, 32), 50, np.int16), affine), "air", editor)
+        red = slicer.app.layoutManager().sliceWidget("Red").mrmlSliceNode()
+        study.show([red])
+        study.jump(red, 7)
+        self.assertEqual(study.current_slice(red), 7)
+        study.guard(7)
+        mask = np.zeros((32, 32), bool)
+        mask[10:14, 8:20] = True
+        study.paint_slice(7, mask)
+        self.assertEqual(list(study.masks()), [7])
+        self.assertTrue(np.array_equal(study.masks()[7], mask))
+        study.close()
+        self.delayDisplay("Paint is confined and read back")
+
+    def test_a_reader_opens_marks_and_saves_a_study(self):
+        import os
+
+        address = os.environ.get("PE_SERVER")
+        if not address:
+            self.delayDisplay("PE_SERVER names no server: the part that needs one is left out")
+            return
+        slicer.util.selectModule("PulmonaryEmbolism")
+        panel = slicer.modules.PulmonaryEmbolismWidget.panel
+        panel.ask = lambda text, choices: choices[0]
+        panel.ui.addressBox.setCurrentText(address)
+        panel.connect()
+        self.wait(lambda: panel.rows)
+        panel.open_study(panel.rows[0].study)
+        self.wait(lambda: panel.session is not None)
+        before = panel.session.progress[0]
+        first = panel.session.open_slices[0]
+        panel.jump(first)
+        panel.mark("none")
+        self.assertEqual(panel.session.progress[0], before + 1)
+        panel.save()
+        self.wait(lambda: not panel.session.unsent)
+        panel.detect()
+        self.wait(lambda: panel.detection is not None and not panel.runner.jobs("detect"), seconds=600)
+        self.delayDisplay("Opened, marked, saved and detected")
+
+    def wait(self, ready, seconds=60):
+        import time
+
+        end = time.monotonic() + seconds
+        while not ready():
+            self.assertLess(time.monotonic(), end, "the server did not answer in time")
+            slicer.app.processEvents()
+            time.sleep(0.02)
