@@ -433,7 +433,7 @@ def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
 
 def _image(source: StudySource, cache_dir: Path) -> tuple[str, Volume | None]:
     """SHA-256 of the voxels, and the volume where it had to be read for that: remembered by the files' bytes."""
-    note = cache_dir / f"{source.files_sha256}.voxels"
+    note = cache_dir / "images" / source.files_sha256
     if note.is_file():
         return note.read_text(), None
     volume = read_volume(source.study.path)

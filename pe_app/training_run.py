@@ -18,17 +18,21 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import filelock
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from pe_app.errors import InputError
 from pe_app.files import replacing, write_durably
 from pe_app.progress import Cancelled, Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Metrics = Mapping[str, float]
 """Figures of one epoch by name; ``epoch`` and ``seconds`` among them."""
@@ -84,6 +88,7 @@ class TrainingRun:
         self._lock = filelock.FileLock(folder / ".lock")
         self._last = Progress(task, 0, 0)
         self._status_time = -math.inf
+        self._writer: SummaryWriter | None = None
         self._begin = time.perf_counter()
 
     def __enter__(self) -> TrainingRun:
@@ -94,18 +99,25 @@ class TrainingRun:
             raise InputError(
                 f"run folder {self.folder}: another training is running in it: wait for it or choose another run folder"
             ) from error
-        for leftover in self.folder.rglob(f".{'[0-9a-f]' * 32}.*"):  # of ``replacing`` in a killed process
-            leftover.unlink(missing_ok=True)
+        for folder in (self.folder, self.folder / "slabs"):  # the features may be another run's, too
+            for leftover in folder.glob(f".{'[0-9a-f]' * 32}.*"):  # of ``replacing`` in a killed process
+                leftover.unlink(missing_ok=True)
         self._begin = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        text = "" if error is None else str(error) or type(error).__name__
-        stopped = "stopped" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed"
         try:
-            self._write_status("finished" if error is None else stopped, text)
+            if self._writer is not None:
+                self._writer.close()
+            if error is None:
+                total = max(self._last.total, 1)
+                self._last = Progress(self.task, total, total)
+                self._write_status("finished", f"epoch {self.state.best_epoch} is published")
+            else:
+                stopped = isinstance(error, (Cancelled, KeyboardInterrupt))
+                self._write_status("stopped" if stopped else "failed", str(error) or type(error).__name__)
         finally:
             self._lock.release()
 
@@ -145,7 +157,7 @@ class TrainingRun:
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
         self.state = replace(state, history=tuple(state.history))
-        self._begin = time.perf_counter() - state.seconds
+        self._begin -= state.seconds
 
     def finish_epoch(self, network: nn.Module, optimiser: torch.optim.Optimizer, metrics: Metrics) -> None:
         """Keep what an epoch has learned; from here on it is not repeated."""
@@ -191,8 +203,21 @@ class TrainingRun:
         write_durably(self.folder / "metrics.csv", metrics_csv(self.state.history))
         with replacing(self.folder / "curves.png") as temporary:
             draw_curves(self.state.history, self.state.best_epoch, self.task).savefig(temporary, dpi=150)
-        _log_scalars(self.folder / "tensorboard", metrics)
+        self._log_scalars(metrics)
         self._write_status("running", self._last.text)
+
+    def _log_scalars(self, metrics: Metrics) -> None:
+        """One epoch for TensorBoard; one that was done twice (killed in between) replaces the former."""
+        epoch = int(metrics["epoch"])
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it
+
+            self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=epoch)
+        for name, value in metrics.items():
+            if name != "epoch":
+                figure, side = (name.removeprefix("validation_"), "validation" if "validation_" in name else "train")
+                self._writer.add_scalar(f"{figure}/{side}", value, epoch)
+        self._writer.flush()
 
     def _write_status(self, state: str, text: str) -> None:
         self._status_time = time.monotonic()
@@ -225,11 +250,12 @@ def metrics_csv(history: Sequence[Metrics]) -> str:
 
 def draw_curves(history: Sequence[Metrics], best_epoch: int, title: str) -> Figure:
     """One figure of a training: losses, how well it decides, and (stage I) how well it looks."""
-    figure = Figure(figsize=(13 if "attention_loss" in history[0] else 9, 3.8), layout="constrained")
     panels = [panel for panel in _PANELS if panel.curves[0].name in history[0]]
+    figure = Figure(figsize=(4.6 * len(panels), 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, panel, history, best_epoch)
-    figure.suptitle(f"{title}: epoch {len(history)}, best so far {best_epoch}", x=0.01, ha="left", fontsize=12)
+    heading = f"{title}: {len(history)} epochs, the best is epoch {best_epoch} (grey)"
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 
@@ -266,19 +292,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _log_scalars(folder: Path, metrics: Metrics) -> None:
-    """One epoch for TensorBoard; an epoch that was done twice (killed in between) replaces the former."""
-    from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it
-
-    epoch = int(metrics["epoch"])
-    with SummaryWriter(folder, purge_step=epoch) as writer:
-        for name, value in metrics.items():
-            if name != "epoch":
-                side, _, figure = name.partition("validation_")
-                tag = f"{figure}/validation" if figure else f"{side}/train"
-                writer.add_scalar(tag, value, epoch)
-
-
 @dataclass(frozen=True)
 class _Curve:
     name: str
@@ -302,8 +315,8 @@ _PANELS = (
         (
             _Curve("loss", "training", _BLUE, "--"),
             _Curve("validation_loss", "validation", _BLUE),
-            _Curve("validation_classification_loss", "  of it classification", _ORANGE),
-            _Curve("validation_attention_loss", "  attention, before its weight", _GREEN),
+            _Curve("validation_classification_loss", "validation, classification", _ORANGE),
+            _Curve("validation_attention_loss", "validation, attention (before its weight)", _GREEN),
         ),
         share=False,
     ),
@@ -319,9 +332,9 @@ _PANELS = (
     _Panel(
         "Attention on slabs with embolism",
         (
-            _Curve("validation_pointing", "maximum inside the mask, validation", _GREEN),
-            _Curve("empty_maps", "empty map, training", _PURPLE, "--"),
-            _Curve("validation_empty_maps", "empty map, validation", _PURPLE),
+            _Curve("validation_pointing", "share with the maximum in the mask, validation", _GREEN),
+            _Curve("validation_empty_maps", "share with an empty map, validation", _PURPLE),
+            _Curve("empty_maps", "share with an empty map, training", _PURPLE, "--"),
         ),
         share=True,
     ),
@@ -330,21 +343,21 @@ _PANELS = (
 
 def _draw_panel(axes: Axes, panel: _Panel, history: Sequence[Metrics], best_epoch: int) -> None:
     epochs = [metrics["epoch"] for metrics in history]
+    marker = "o" if len(history) < 12 else ""
+    axes.axvline(best_epoch, color="0.9", linewidth=8, zorder=0)
     for curve in panel.curves:
         if curve.name in history[0]:
             values = [metrics[curve.name] for metrics in history]
-            marker = "o" if len(history) < 12 else ""
-            axes.plot(epochs, values, curve.style, color=curve.colour, label=curve.label, marker=marker, markersize=4)
-    axes.axvline(best_epoch, color="0.75", linewidth=6, alpha=0.4, zorder=0)
+            axes.plot(epochs, values, curve.style, color=curve.colour, label=curve.label, marker=marker, markersize=3.5)
     axes.set_title(panel.title, loc="left", fontsize=11)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel("epoch", fontsize=9)
+    axes.tick_params(labelsize=9, color="0.7")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if panel.share:
-        axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    else:
-        axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="0.9")
+    axes.set_xlim(0.5, max(epochs) + 0.5)
+    axes.set_ylim(-0.02 if panel.share else 0, 1.02 if panel.share else None)
+    axes.grid(axis="y", color="0.93")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["left", "bottom"]].set_color("0.7")
+    # below the axes, where no curve can run through it
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.02, -0.14), handlelength=2.6)
