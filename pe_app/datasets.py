@@ -117,8 +117,12 @@ def read_sources(
     for number, study in enumerate(studies):
         progress(Progress("read the studies", number, len(studies), study.study))
         with _naming(study):
+            try:
+                files_sha256 = _files_sha256(study.path)
+            except OSError as error:
+                raise InputError(f"{study.path} cannot be read ({error.strerror}): correct the study list") from error
             reviewed = _annotation(study) if annotations else None
-            sources.append(StudySource(study, _files_sha256(study.path), reviewed))
+        sources.append(StudySource(study, files_sha256, reviewed))
     return tuple(sources)
 
 
@@ -193,8 +197,8 @@ def prepare_slabs(
     """The slabs that one side of the split trains or validates on, drawn once and kept.
 
     Positive: every slice marked "embolism". Negative, as many in all: half from slices marked "none", half from the
-    lung range of studies with the label "negative", the same number a study; where one source is short the other fills
-    up. Slices marked "uncertain" and slices of other studies that were not reviewed are never used. Drawn once, not
+    lung range of studies with the label "negative", the same number a study, and more of these where fewer are marked
+    [ours]. Slices marked "uncertain" and slices of other studies that were not reviewed are never used. Drawn once, not
     anew for every epoch, as in the paper (section 3.1: 10,388 of each).
 
     Args:
@@ -215,12 +219,7 @@ def prepare_slabs(
         count = sum(source.annotation is not None for source in sources)
         raise InputError(
             f"no annotated embolism slice in {len(sources)} studies ({count} with an annotation): mark embolism on "
-            "slices of positive studies first"
-        )
-    if not any(none) and not any(drawn_from):
-        raise InputError(
-            f"no slice without embolism in {len(sources)} studies: add studies with the label 'negative', or mark "
-            "slices 'none'"
+            "slices of more studies, or set their split in the study list"
         )
 
     generator = np.random.default_rng(seed)
@@ -239,6 +238,11 @@ def prepare_slabs(
     progress(Progress("prepare slabs", len(sources), len(sources)))
 
     slabs = AnnotatedSlabs(files)
+    if slabs.labels.all():
+        raise InputError(
+            f"no slice without embolism in {len(sources)} studies: add studies with the label 'negative', or mark "
+            "slices 'none'"
+        )
     if 2 * wanted > len(slabs):
         logger.warning("%d slabs with embolism, but only %d without: add studies", wanted, len(slabs) - wanted)
     return slabs
@@ -485,7 +489,3 @@ def _naming(study: Study) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"study {study.study}: {error}") from error
-    except OSError as error:
-        raise InputError(
-            f"study {study.study}: {study.path} cannot be read ({error}): correct the study list"
-        ) from error

@@ -158,7 +158,7 @@ def train_encoder(
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     usable = [study for study in split(studies, settings) if _for_encoder(study) and study.split in SIDES]
-    with TrainingRun(run_dir or out.with_suffix(".run"), "train encoder", settings.epochs, progress) as run:
+    with TrainingRun(_run_folder(out, run_dir), "train encoder", settings.epochs, progress) as run:
         sources = read_sources(usable, progress=run.report)
         optimiser = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
         identity = _identity(settings, start, sources, {"first weights": first_weights, "synthetic": str(synthetic)})
@@ -228,7 +228,7 @@ def train_classifier(
 
     usable = [study for study in split(studies, settings) if study.label in LABELS and study.split in SIDES]
     _check_labels(usable)
-    with TrainingRun(run_dir or out.with_suffix(".run"), "train classifier", settings.epochs, progress) as run:
+    with TrainingRun(_run_folder(out, run_dir), "train classifier", settings.epochs, progress) as run:
         sources = read_sources(usable, annotations=False, progress=run.report)
         optimiser = torch.optim.Adam(classifier.parameters(), lr=settings.learning_rate)
         identity = _identity(settings, start, sources, {"encoder": encoder_key(base), "synthetic": str(synthetic)})
@@ -414,6 +414,12 @@ def _labelled(studies: Sequence[Study], files: Sequence[PreparedFile], side: Spl
 def _for_encoder(study: Study) -> bool:
     """Whether stage I can use a study: it has reviewed slices, or all of its slices are negative."""
     return study.annotation is not None or study.label == "negative"
+
+
+def _run_folder(out: Path, run_dir: Path | None) -> Path:
+    if out.is_dir():  # better said now than after the training
+        raise InputError(f"{out}: is a folder: name the file that the model is to be published to")
+    return run_dir or out.with_suffix(".run")
 
 
 def _check_labels(studies: Sequence[Study]) -> None:
