@@ -1,0 +1,100 @@
+"""A folder of simulated studies as a hospital would hand them over: volumes, reader's annotations, study list."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pe_app.annotation import SparseAnnotation, slice_schedule
+from pe_app.phantom.anatomy import Patient
+from pe_app.phantom.scan import PhantomConfig, make_phantom
+from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.studies import Label, Study, write_studies
+from pe_app.volume_io import write_volume
+
+READER = "simulated reader"
+ANNOTATED_POSITIVE, ANNOTATED_NEGATIVE = 0.6, 0.3
+"""Shares of studies that the reader annotated; the others are label-only."""
+
+SECOND_STUDY = 0.15
+"""Share of studies that belong to the patient of the study before."""
+
+
+def write_phantom_studies(
+    out: Path,
+    studies: int,
+    seed: int,
+    config: PhantomConfig | None = None,
+    progress: ProgressCallback = silent,
+    workers: int = 1,
+) -> Path:
+    """Write simulated studies, every other one with emboli, and return their study list.
+
+    ``out`` gets studies.csv, volumes/ID.nrrd, masks/ID.nrrd (the truth of positive studies, numbered emboli) and, for
+    a part of the studies, annotations/ID.json with ID.seg.nrrd: a slice every 10 mm, as a reader would mark them.
+    The same seed gives the same files however many processes work; studies that are there already are kept, so an
+    interrupted call goes on.
+
+    Args:
+        out: made where missing.
+        studies: how many.
+        seed: of everything.
+        config: matrix and spacing.
+        progress: told after every study; may raise ``Cancelled``.
+        workers: processes.
+    """
+    config = config or PhantomConfig()
+    for folder in ("volumes", "masks", "annotations"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    listed: dict[int, Study] = {}
+    progress(Progress("simulate studies", 0, studies))
+    # spawn: a forked child would inherit torch's locked thread pool
+    with ProcessPoolExecutor(min(workers, studies), get_context("spawn"), _one_thread) as pool:
+        jobs = {pool.submit(_write_study, out, number, seed, config): number for number in range(studies)}
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                listed[jobs[job]] = job.result()
+                progress(Progress("simulate studies", done, studies))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    path = out / "studies.csv"
+    write_studies([listed[number] for number in range(studies)], path)
+    return path
+
+
+def _write_study(out: Path, number: int, seed: int, config: PhantomConfig) -> Study:
+    """Make one study; its last file is the volume, so that a study with a volume is complete."""
+    name = f"phantom_{seed}_{number:04d}"
+    rng = np.random.default_rng((seed, number))
+    positive = number % 2 == 0
+    label: Label = "positive" if positive else "negative"
+    annotated = rng.random() < (ANNOTATED_POSITIVE if positive else ANNOTATED_NEGATIVE)
+    patient_number = _patient_number(seed, number)
+    path, mask_path = out / "volumes" / f"{name}.nrrd", out / "masks" / f"{name}.nrrd"
+    annotation = out / "annotations" / f"{name}.json" if annotated else None
+    if not path.exists():
+        patient = Patient.draw(np.random.default_rng((seed, patient_number, 1)))
+        phantom = make_phantom(rng, config, positive=positive, patient=patient)
+        if positive:
+            write_volume(phantom.emboli_mask, mask_path)
+        if annotation:
+            schedule = slice_schedule(phantom.volume)
+            reviewed = SparseAnnotation.from_mask(phantom.volume, phantom.emboli_mask, schedule, READER)
+            reviewed.write(annotation, phantom.volume)
+        write_volume(phantom.volume, path)
+    return Study(name, path, f"patient_{seed}_{patient_number:04d}", label, annotation)
+
+
+def _patient_number(seed: int, number: int) -> int:
+    """The patient of a study: now and then the one of the study before."""
+    second = number > 0 and np.random.default_rng((seed, number, 2)).random() < SECOND_STUDY
+    return number - 1 if second else number
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
