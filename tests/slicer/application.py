@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import time
@@ -9,9 +10,9 @@ import types
 import unittest
 from pathlib import Path
 
+import headless
 import pythonqt
 import slicer
-from headless import HeadlessSlicer
 from PySide6 import QtCore, QtWidgets
 
 MODULE = Path(__file__).parents[2] / "slicer_module" / "PulmonaryEmbolism"
@@ -26,7 +27,7 @@ class Application:
         QtCore.QSettings.setDefaultFormat(QtCore.QSettings.Format.IniFormat)
         self.qapp.setOrganizationName("pe-test")
         self.qapp.setApplicationName("Slicer")
-        self.headless = HeadlessSlicer()
+        self.headless = headless.instance()
         self.messages: list[str] = []
         self.window = QtWidgets.QMainWindow()
         slicer.qMRMLWidget = pythonqt.qMRMLWidget
@@ -90,9 +91,11 @@ class Application:
                 raise TimeoutError("what the test waits for did not come")
             self.settle(10)
 
-    def shutdown(self) -> None:
-        self.window.close()
-        self.headless.shutdown()
+
+@functools.cache
+def instance() -> Application:
+    """The one of this process."""
+    return Application()
 
 
 def _load_ui(path: str):
@@ -137,8 +140,8 @@ class _ModuleTest(unittest.TestCase):
 
 
 class _LayoutManager:
-    def __init__(self, headless: HeadlessSlicer) -> None:
-        self.headless = headless
+    def __init__(self, app: headless.HeadlessSlicer) -> None:
+        self.headless = app
 
     def setLayout(self, layout) -> None:  # noqa: N802
         self.headless.layout = layout

@@ -47,13 +47,14 @@ class FakeServer:
         self._http.shutdown()
         self._http.server_close()
 
-    def add_study(self, study: str, image: Path, size, spacing, schedule, attention: bytes = b"", detection=None, **row):
+    def add_study(self, study: str, image: Path, size, spacing, schedule, attention=b"", detection=None, **row):
         """One study: its file, its (slices, rows, columns), and what a detection of it would answer."""
+        sha256 = hashlib.sha256(study.encode()).hexdigest()
         self.studies[study] = {
             "row": {"study": study, "label": "", "probability": None, "model": None, "held_by": None,
                     "usable": True, "reason": "", **row},
             "image_path": image,
-            "image": {"sha256": hashlib.sha256(study.encode()).hexdigest(), "size": list(size), "spacing_mm": list(spacing)},
+            "image": {"sha256": sha256, "size": list(size), "spacing_mm": list(spacing)},
             "schedule": [{"slice_index": k, "z_mm": z, "why": why} for k, z, why in schedule],
             "annotation": None, "label": b"", "tag": None, "revision": None,
             "attention": attention, "detects": detection, "detection": None, "versions": [],
@@ -93,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(min(length, 200))
             self.close_connection = True
             self.connection.close()
-            return
+            return None
         self.body = self.rfile.read(length)
         time.sleep(fake.slow_seconds)
         if fake.app == "web":
@@ -102,7 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(401, {"detail": "a valid token is required"})
         self.query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         path = [unquote(part) for part in parts.path.strip("/").split("/")]
-        name = "_".join([self.command.lower(), *path[:2]]) if path[0] in ("pe", "datastore") else f"{self.command.lower()}_{path[0]}"
+        named = path[:2] if path[0] in ("pe", "datastore") else path[:1]
+        name = "_".join([self.command.lower(), *named])
         return getattr(self, name.replace("-", "_"), self._unknown)(path)
 
     do_GET = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815
@@ -128,12 +130,17 @@ class _Handler(BaseHTTPRequestHandler):
         if kind.startswith("application/x-www-form-urlencoded"):
             return {key: value[0].encode() for key, value in parse_qs(self.body.decode()).items()}
         message = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + self.body)
-        return {p.get_param("name", header="content-disposition"): p.get_payload(decode=True) for p in message.iter_parts()}
+        parts = message.iter_parts()
+        return {p.get_param("name", header="content-disposition"): p.get_payload(decode=True) for p in parts}
 
     # --- stock MONAI Label
 
     def get_info(self, _path):
-        info = {"name": "MONAILabel", "models": {}, "strategies": {s: {} for s in ("next_unreviewed", "most_uncertain", "random")}}
+        info = {
+            "name": "MONAILabel",
+            "models": {},
+            "strategies": {s: {} for s in ("next_unreviewed", "most_uncertain", "random")},
+        }
         if self.fake.app == "pe":
             info["pe"] = {"api": self.fake.api, "version": "0.1.0", "model": self.fake.model, "research_use_only": True}
         self._json(200, info)
@@ -160,11 +167,17 @@ class _Handler(BaseHTTPRequestHandler):
         known["detection"] = {**known["detects"], "model": self.fake.model}
         known["row"].update(probability=known["detection"]["probability"], model=self.fake.model["version"])
         boundary = uuid.uuid4().hex
-        body = f'--{boundary}\r\nContent-Disposition: form-data; name="params"\r\nContent-Type: application/json\r\n\r\n'.encode()
-        body += json.dumps(known["detection"]).encode()
-        body += (f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="x.nrrd"\r\n'
-                 "Content-Type: application/octet-stream\r\n\r\n").encode()  # fmt: skip
-        body += known["attention"] + f"\r\n--{boundary}--\r\n".encode()
+        parts = (
+            ('name="params"', "application/json", json.dumps(known["detection"]).encode()),
+            ('name="image"; filename="x.nrrd"', "application/octet-stream", known["attention"]),
+        )
+        body = b"".join(
+            f"--{boundary}\r\nContent-Disposition: form-data; {name}\r\nContent-Type: {kind}\r\n\r\n".encode()
+            + content
+            + b"\r\n"
+            for name, kind, content in parts
+        )
+        body += f"--{boundary}--\r\n".encode()
         return self._send(200, body, f"multipart/form-data; boundary={boundary}")
 
     def get_datastore_image(self, _path):

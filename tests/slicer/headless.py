@@ -5,14 +5,16 @@ Stands on the PyPI package ``slicer-core``, which holds Slicer's own MRML librar
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import types
 from pathlib import Path
 
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_THREADER", "Platform")
 
-import slicer  # noqa: E402
-import vtk  # noqa: E402
+import slicer
+import vtk
 
 _LOGICS = {
     "colors": "vtkMRMLColorLogic",
@@ -24,8 +26,16 @@ _LOGICS = {
 }
 
 
+@functools.cache
+def instance() -> HeadlessSlicer:
+    """The one of this process: Slicer's factories are singletons. It is taken down when Python ends."""
+    app = HeadlessSlicer()
+    atexit.register(app.shutdown)
+    return app
+
+
 class HeadlessSlicer:
-    """One scene with its logics. Make one per test session and ``clear`` between tests."""
+    """One scene with its logics; ``clear`` it between tests."""
 
     def __init__(self) -> None:
         vtk.vtkObject.GlobalWarningDisplayOff()  # "bad X server connection" on every machine without a display
@@ -62,7 +72,12 @@ class HeadlessSlicer:
 
     def clear(self) -> None:
         """Take away what a test added: everything but views, colours and singletons."""
-        for kind in ("vtkMRMLSegmentationNode", "vtkMRMLScalarVolumeNode", "vtkMRMLMarkupsNode", "vtkMRMLSegmentEditorNode"):
+        for kind in (
+            "vtkMRMLSegmentationNode",
+            "vtkMRMLScalarVolumeNode",
+            "vtkMRMLMarkupsNode",
+            "vtkMRMLSegmentEditorNode",
+        ):
             nodes = self.scene.GetNodesByClass(kind)
             nodes.UnRegister(None)
             for i in range(nodes.GetNumberOfItems()):

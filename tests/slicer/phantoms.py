@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 
@@ -14,6 +15,7 @@ SPACING = (5.0, 2.6, 2.6)
 CLOT_SLICE = 26
 
 
+@functools.cache
 def chest(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """HU (slice, row, column), mask of the clot, and (slice, row, column) -> LPS mm."""
     rng = np.random.default_rng(seed)
@@ -47,6 +49,13 @@ def chest(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.round(hu).astype(np.int16), clot, affine
 
 
+@functools.cache
+def chest_files(seed: int) -> tuple[bytes, bytes]:
+    """The CT and the attention volume of a chest, as NRRD files."""
+    hu, clot, affine = chest(seed)
+    return nrrd_bytes(hu, affine), nrrd_bytes(*attention(clot, affine))
+
+
 def nrrd_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
     """The array as a gzip NRRD in LPS, by pynrrd."""
     header = {
@@ -67,8 +76,9 @@ def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
     return path
 
 
-def attention(clot: np.ndarray, affine: np.ndarray, cells: tuple[int, int, int] = (24, 16, 16)) -> tuple[np.ndarray, np.ndarray]:
+def attention(clot: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A coarse uint8 map that glows on the clot, and its affine: cells cover whole voxels."""
+    cells = (24, 16, 16)
     block = tuple(n // c for n, c in zip(clot.shape, cells, strict=True))
     shape = tuple(v for pair in zip(cells, block, strict=True) for v in pair)
     share = clot.astype(float).reshape(shape).mean((1, 3, 5))
@@ -84,7 +94,9 @@ def detection(clot: np.ndarray, affine: np.ndarray) -> dict:
     """What a model could say of that chest, schema pe-detection/1."""
     z = affine[2, 0] * np.arange(SHAPE[0]) + affine[2, 3]
     slabs = np.linspace(3, SHAPE[0] - 4, 40)
-    probability = 0.05 + 0.88 * np.exp(-(((slabs - CLOT_SLICE) / 3.5) ** 2)) + 0.22 * np.exp(-(((slabs - 12) / 2.5) ** 2))
+    probability = (
+        0.05 + 0.88 * np.exp(-(((slabs - CLOT_SLICE) / 3.5) ** 2)) + 0.22 * np.exp(-(((slabs - 12) / 2.5) ** 2))
+    )
     kji = np.argwhere(clot).mean(0)
     centre = affine[:3, :3] @ kji + affine[:3, 3]
     candidates = [
@@ -95,7 +107,7 @@ def detection(clot: np.ndarray, affine: np.ndarray) -> dict:
     ]  # fmt: skip
     return {
         "schema": "pe-detection/1", "status": "analysed", "probability": 0.91, "threshold": 0.62, "positive": True,
-        "reasons": [{"code": "demo_model", "message": "this model was trained on phantoms only and has never seen a real embolism"}],
+        "reasons": [{"code": "demo_model", "message": "trained on phantoms only, has never seen a real embolism"}],
         "evidence": [{"slab": i, "z_mm": float(np.interp(s, range(SHAPE[0]), z)), "slice_index": round(float(s)),
                       "probability": float(p)} for i, (s, p) in enumerate(zip(slabs, probability, strict=True))],
         "candidates": candidates,
@@ -104,12 +116,12 @@ def detection(clot: np.ndarray, affine: np.ndarray) -> dict:
 
 def add_chest(server, study: str, folder: Path, seed: int = 0, step: int = 4, **row) -> None:
     """A chest on a fake server, with its schedule and what a detection would say."""
-    hu, clot, affine = chest(seed)
+    _hu, clot, affine = chest(seed)
+    ct, coarse = chest_files(seed)
     path = folder / f"{study}.nrrd"
-    path.write_bytes(nrrd_bytes(hu, affine))
+    path.write_bytes(ct)
     z = affine[2, 0] * np.arange(SHAPE[0]) + affine[2, 3]
     schedule = [(k, float(z[k]), "schedule") for k in range(4, SHAPE[0] - 3, step)]
     if CLOT_SLICE not in [k for k, *_ in schedule]:
         schedule = sorted([*schedule, (CLOT_SLICE, float(z[CLOT_SLICE]), "suspicious")])
-    coarse, coarse_affine = attention(clot, affine)
-    server.add_study(study, path, SHAPE, SPACING, schedule, nrrd_bytes(coarse, coarse_affine), detection(clot, affine), **row)
+    server.add_study(study, path, SHAPE, SPACING, schedule, coarse, detection(clot, affine), **row)

@@ -19,7 +19,7 @@ import types
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 
-from PySide6 import QtCore, QtGui, QtUiTools, QtWidgets  # noqa: E402
+from PySide6 import QtCore, QtGui, QtUiTools, QtWidgets
 
 _MODULES = (QtCore, QtGui, QtWidgets)
 _VIRTUAL = {"sizeHint", "minimumSizeHint"}  # properties that Qt itself calls as methods
@@ -215,7 +215,9 @@ class qMRMLSegmentEditorWidget(Widget):  # noqa: N801
         self.observing = False
 
 
-STAND_INS = {cls.__name__: cls for cls in (ctkCollapsibleButton, ctkSliderWidget, qMRMLWidget, qMRMLSegmentEditorWidget)}
+STAND_INS = {
+    cls.__name__: cls for cls in (ctkCollapsibleButton, ctkSliderWidget, qMRMLWidget, qMRMLSegmentEditorWidget)
+}
 
 
 class UiLoader(QtUiTools.QUiLoader):

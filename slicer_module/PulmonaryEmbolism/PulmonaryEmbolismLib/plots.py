@@ -66,16 +66,22 @@ class _Axis(qt.QWidget):
         colour.setAlpha(share)
         return colour
 
+    def ends(self, painter, y: int, caption: str) -> None:
+        """Which end is which, and what is drawn."""
+        painter.setPen(self.ink(170))
+        for flag, words in ((qt.Qt.AlignLeft, "feet"), (qt.Qt.AlignHCenter, caption), (qt.Qt.AlignRight, "head")):
+            painter.drawText(2, y - 12, self.width - 4, 18, flag, words)
+
 
 class SliceStrip(_Axis):
     """The slices to review: tall red is embolism, short green none, amber uncertain, hollow grey still open."""
 
     def __init__(self, parent=None) -> None:
-        _Axis.__init__(self, 44, parent)
+        _Axis.__init__(self, 54, parent)
 
     def paintEvent(self, event) -> None:
         painter = self.begin()
-        bottom = 30
+        bottom = 34
         painter.setPen(self.ink(70))
         painter.drawLine(MARGIN, bottom, self.width - MARGIN, bottom)
         if self.slices:
@@ -84,7 +90,7 @@ class SliceStrip(_Axis):
             painter.fillRect(x - 1, 2, 3, bottom, qt.QColor(_CURRENT))
         for line in self.lines:
             x, colour = self.place(line.slice_index), qt.QColor(STATE_COLOURS[line.state])
-            tall = {"embolism": 20, "uncertain": 14, "none": 10, "": 8}[line.state]
+            tall = {"embolism": 18, "uncertain": 13, "none": 9, "": 8}[line.state]
             if line.state:
                 painter.fillRect(x - 2, bottom - tall, 5, tall, colour)
             else:
@@ -93,11 +99,7 @@ class SliceStrip(_Axis):
             if line.why == "suspicious":
                 painter.setPen(qt.QColor(STATE_COLOURS["embolism"]))
                 painter.drawText(x - 3, bottom - tall - 3, "!")
-        painter.setPen(self.ink(170))
-        painter.drawText(2, 42, "feet")
-        painter.drawText(self.width - 28, 42, "head")
-        if self.slices:
-            painter.drawText(self.place((self.slices - 1) / 2) - 60, 42, "click or drag to scroll")
+        self.ends(painter, 48, "click or drag to scroll")
         painter.end()
 
 
@@ -105,7 +107,7 @@ class EvidenceCurve(_Axis):
     """Probability of each slab from the feet to the head, with candidates, reviewed slices and the current one."""
 
     def __init__(self, parent=None) -> None:
-        _Axis.__init__(self, 132, parent)
+        _Axis.__init__(self, 134, parent)
         self.evidence: List = []
         self.candidates: List = []
         self.decision: Callable = lambda candidate: ""
@@ -148,11 +150,7 @@ class EvidenceCurve(_Axis):
                 x, y = self.place(candidate.slice_index), self._height(candidate.slice_index)
                 painter.setPen(qt.QColor(colour))
                 painter.drawText(x - 3, max(y - 5, 12), str(candidate.rank))
-        painter.setPen(self.ink(170))
-        painter.drawText(2, 129, "feet")
-        painter.drawText(self.width - 28, 129, "head")
-        if self.evidence:
-            painter.drawText(self.place((self.slices - 1) / 2) - 78, 129, "embolism probability by slab")
+        self.ends(painter, 128, "embolism probability by slab")
         painter.end()
 
     def _height(self, k: int) -> int:

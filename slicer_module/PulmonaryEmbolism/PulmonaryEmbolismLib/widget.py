@@ -134,6 +134,7 @@ class Panel:
             (ui.refreshButton, self.refresh),
             (ui.openButton, self.open_selected),
             (ui.nextButton, self.next_study),
+            (ui.followingButton, self.next_study),
             (ui.positiveButton, functools.partial(self.label_study, "positive")),
             (ui.negativeButton, functools.partial(self.label_study, "negative")),
             (ui.uncertainButton, functools.partial(self.label_study, "uncertain")),
@@ -218,6 +219,7 @@ class Panel:
         if self.session is not None:
             self._keep()
         self.nodes = None
+        self._observed = [pair for pair in self._observed if pair[0] is self._red_node()]
         self.close_study()
         self.editor_node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode", "PE editor")
         self.ui.editor.setMRMLSegmentEditorNode(self.editor_node)
@@ -436,6 +438,7 @@ class Panel:
         self._show_views()
         segmentation = self.nodes.segmentation.GetSegmentation()
         self._observe(segmentation, slicer.vtkSegmentation.SourceRepresentationModified, self._painted)
+        self.ui.worklistSection.collapsed = True
         for section in (self.ui.studySection, self.ui.annotateSection, self.ui.detectSection):
             section.collapsed = False
         self.ui.clotButton.checked = False
@@ -1062,12 +1065,12 @@ def _probability_words(detection: Optional[Detection]) -> str:
     if detection.refused or detection.probability is None:
         return _("Not analysed")
     text = _("P(PE) {p:.2f}").format(p=detection.probability)
-    if detection.threshold is not None:
-        above = detection.probability >= detection.threshold
-        text += (_(", above the threshold {t:.2f}") if above else _(", below the threshold {t:.2f}")).format(
-            t=detection.threshold
-        )
-    return text
+    if detection.threshold is None:
+        return text
+    above = detection.probability >= detection.threshold
+    words = _("above the threshold {t:.2f}") if above else _("below the threshold {t:.2f}")
+    colour = plots.STATE_COLOURS["embolism" if above else "none"]
+    return f'<span style="color: {colour}">●</span> {text}, {words.format(t=detection.threshold)}'
 
 
 def _server_masks(client: Client, study: str, tag: str, annotation, cache: Path, job: Job) -> review.Masks:

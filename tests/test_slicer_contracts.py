@@ -1,0 +1,129 @@
+"""What no run of the panel shows: packaging, imports, names and grammar of the Slicer module."""
+
+import ast
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+from slicer_paths import MODULE
+
+LIBRARY = MODULE / "PulmonaryEmbolismLib"
+FILES = sorted([MODULE / "PulmonaryEmbolism.py", *LIBRARY.glob("*.py")])
+BUNDLED = {"numpy", "requests", "vtk", "slicer", "qt", "PulmonaryEmbolismLib"}
+
+
+def tree(path):
+    return ast.parse(path.read_text("utf-8"), feature_version=(3, 9))
+
+
+def imported(nodes):
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def listed(block):
+    text = (MODULE / "CMakeLists.txt").read_text()
+    names = re.search(rf"set\({block}\s+(.*?)\)", text, re.S).group(1).split()
+    return {name.replace("${MODULE_NAME}", "PulmonaryEmbolism") for name in names}
+
+
+def test_every_python_file_is_in_the_package():
+    tree_files = {str(path.relative_to(MODULE)) for path in FILES}
+    assert {
+        name.replace("${MODULE_NAME}", "PulmonaryEmbolism") for name in listed("MODULE_PYTHON_SCRIPTS")
+    } == tree_files
+
+
+def test_every_resource_is_in_the_package():
+    resources = {str(path.relative_to(MODULE)) for path in (MODULE / "Resources").rglob("*") if path.is_file()}
+    assert {
+        name.replace("${MODULE_NAME}", "PulmonaryEmbolism") for name in listed("MODULE_PYTHON_RESOURCES")
+    } == resources
+
+
+def test_every_widget_that_the_panel_names_is_in_the_ui_and_every_button_of_the_ui_does_something():
+    root = ET.parse(MODULE / "Resources/UI/PulmonaryEmbolism.ui").getroot()
+    there = {widget.get("name"): widget.get("class") for widget in root.iter("widget")}
+    source = (LIBRARY / "widget.py").read_text()
+    used = set(re.findall(r"\bui\.(\w+)", source))
+    assert used <= set(there)
+    assert {name for name, kind in there.items() if kind == "QPushButton"} <= used
+    assert {kind for kind in there.values() if not kind.startswith("Q")} == {
+        "qMRMLWidget", "ctkCollapsibleButton", "ctkSliderWidget", "qMRMLSegmentEditorWidget"}  # fmt: skip
+
+
+def test_every_widget_has_a_tooltip_where_a_reader_clicks():
+    root = ET.parse(MODULE / "Resources/UI/PulmonaryEmbolism.ui").getroot()
+    for widget in root.iter("widget"):
+        if widget.get("class") in ("QPushButton", "QComboBox", "QTableWidget", "ctkSliderWidget"):
+            assert "toolTip" in [p.get("name") for p in widget.findall("property")], widget.get("name")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_code_is_python_3_9_and_imports_what_slicer_brings(path):
+    names = {name.partition(".")[0] for name in imported(ast.walk(tree(path)))}
+    assert names <= BUNDLED | set(sys.stdlib_module_names)
+
+
+def test_starting_slicer_imports_nothing_of_the_library():
+    names = imported(tree(MODULE / "PulmonaryEmbolism.py").body)
+    assert not {
+        name for name in names if name.partition(".")[0] in ("numpy", "requests", "vtk", "PulmonaryEmbolismLib")
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_nothing_runs_when_a_file_is_imported(path):
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    for node in tree(path).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert docstring or isinstance(node, allowed), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("name", ["client", "jobs", "images", "review"])
+def test_client_jobs_images_and_review_know_no_slicer(name):
+    names = {name.partition(".")[0] for name in imported(ast.walk(tree(LIBRARY / f"{name}.py")))}
+    assert not names & {"slicer", "vtk", "qt", "ctk"}
+
+
+def test_the_scene_knows_neither_qt_nor_the_application():
+    names = {name.partition(".")[0] for name in imported(ast.walk(tree(LIBRARY / "scene.py")))}
+    assert not names & {"qt", "ctk"}
+    assert not re.search(r"slicer\.(app|util|modules|mrmlScene)\b", (LIBRARY / "scene.py").read_text())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_name_is_used_that_exists_only_outside_the_application(path):
+    """``import slicer`` from PyPI also offers what the application has under slicer.util only."""
+    used = set(re.findall(r"\bslicer\.(\w+)", path.read_text()))
+    assert {name for name in used if not name.startswith("vtk")} <= {"app", "util", "modules", "mrmlScene", "i18n",
+                                                                    "ScriptedLoadableModule"}  # fmt: skip
+
+
+def test_the_panel_makes_no_request_itself():
+    assert "requests" not in imported(ast.walk(tree(LIBRARY / "widget.py")))
+
+
+def test_the_index_entry_names_category_and_repository():
+    entry = json.loads((MODULE.parent / "PulmonaryEmbolism.json").read_text())
+    assert entry["category"] == "Active Learning"
+    assert entry["tier"] == 1
+    assert entry["build_subdirectory"] == "slicer_module"
+    assert entry["scm_url"].startswith("https://")
+
+
+def test_the_extension_says_what_it_is_and_its_pictures_exist():
+    text = (MODULE.parent / "CMakeLists.txt").read_text()
+    for key in ("HOMEPAGE", "CATEGORY", "CONTRIBUTORS", "DESCRIPTION", "ICONURL", "SCREENSHOTURLS", "DEPENDS"):
+        assert f"set(EXTENSION_{key} " in text
+    for name in re.findall(r"slicer_module/([\w/.-]+\.png)", text):
+        assert (MODULE.parent / name).is_file(), name
+    for picture in (MODULE.parent / "Screenshots").glob("*.png"):
+        assert picture.stat().st_size < 150_000, picture.name
