@@ -72,7 +72,10 @@ def label_report(text: str) -> ReportLabel:
         return ReportLabel("negative", general.clear_chest) if general is not None else ReportLabel("uncertain")
 
     label, chosen, acuity = _weigh(deciding)
-    unanswered = deciding.not_diagnostic or deciding.smaller_unseen * all(m.limited for m in deciding.mentions)
+    heard = order[: order.index(deciding) + 1]
+    unanswered = next((r.not_diagnostic for r in heard if r.not_diagnostic), "")
+    if not unanswered and all(m.limited for m in deciding.mentions):
+        unanswered = deciding.smaller_unseen
     if label == "negative" and unanswered:
         label, chosen, acuity = "uncertain", replace(chosen, sentence=unanswered), ""
     if label == "negative" and not acuity:
@@ -353,9 +356,9 @@ _NAMES = (
 _SHORT_NAME = re.compile(r"p\.?e(?!\w\w)")
 """What every mention of embolism has one of; looking for substrings is cheap."""
 _KEYWORDS = (
-    "pulmonary", "diagnos", "negative", "normal", "unremarkable", "inadequate", "no acute", "no significant",
-    "no other",
-    "ctpa", "angiogram", "artifact", "artefact", "failed", "failure", "contributory", "interpret",
+    "pulmonary", "segmental", "diagnos", "negative", "normal", "unremarkable", "inadequate", "no acute", "no other",
+    "no significant", "ctpa", "angiogram", "artifact", "artefact", "failed", "failure", "contributory", "interpret",
+    "conclusive", "indeterminate",
 )  # fmt: skip
 """What every other sentence that matters has one of."""
 
@@ -403,14 +406,17 @@ class _Reading:
 def _read(sentences: Sequence[str]) -> _Reading:
     mentions: list[_Mention] = []
     not_diagnostic = smaller_unseen = clear_chest = ""
-    previous = before = ""
+    previous = before = asked = ""
     named_before = False
     for sentence in sentences:
         plain = sentence.lower()
         named = _may_name_embolism(plain)
-        if named_before and plain.startswith("none"):  # evaluate for PE. None is seen.
-            mentions.append(_Mention("negative", "", sentence, plain))
-        named_before = named
+        answer = _ANSWER.match(plain) if named_before else None
+        if answer and (answer["none"] or asked):
+            mentions.append(
+                _Mention("positive" if answer["yes"] else "negative", "", f"{asked} {sentence}".strip(), plain)
+            )
+        named_before, asked = named, sentence if sentence.endswith("?") else ""
         if not named and not any(word in plain for word in _KEYWORDS):
             previous = ""
             continue
@@ -432,7 +438,7 @@ def _read(sentences: Sequence[str]) -> _Reading:
         ):
             not_diagnostic = sentence
         if not smaller_unseen and any(
-            "subsegmental" not in match.group() or re.search(r"(?<!sub)segmental", match.group())
+            not re.search("sub-?segmental", match.group()) or re.search(r"(?<!sub)(?<!sub-)segmental", match.group())
             for match in RULES.smaller_unseen.finditer(text)
         ):
             smaller_unseen = sentence
@@ -440,6 +446,10 @@ def _read(sentences: Sequence[str]) -> _Reading:
             clear_chest = sentence
         previous, before = (text, sentence) if found else ("", "")
     return _Reading(mentions, not_diagnostic, smaller_unseen, clear_chest)
+
+
+_ANSWER = re.compile(r"(?:(?P<none>none\b)|(?:no|nil|negative|(?P<yes>yes|positive|present)) ?(?:[.,;:]|$))")
+"""To "Is there PE?", or to "evaluated for PE."; only the second kind of question may be left without a mark."""
 
 
 def _may_name_embolism(plain: str) -> bool:
@@ -479,7 +489,7 @@ def _mentions(text: str, sentence: str) -> tuple[_Mention, ...]:
             kinds = {RULES.entries[_group(m)].kind for m in said if _applies(m, target, here, text)}
             mention = _judged(kinds, clause, sentence)
             if mention is not None:
-                found.append(mention)
+                found.append(replace(mention, clause=_place(target, here, text[low:high], low)))
         if not here and found and any(RULES.entries[_group(m)].kind == "unsure" for m in said):
             doubted = RULES.smaller.search(clause) or re.search(
                 r"^\W*(?:but|however|though|although)?,? ?(?:it|this)\b", clause
@@ -487,6 +497,17 @@ def _mentions(text: str, sentence: str) -> tuple[_Mention, ...]:
             if doubted and not RULES.other_finding.search(clause) and re.search("exclu|rule", clause):
                 found.append(_Mention("uncertain", "", sentence, clause))
     return tuple(found)
+
+
+def _place(target: re.Match[str], targets: Sequence[re.Match[str]], clause: str, low: int) -> str:
+    """The part of a clause that can say where a mention lies: between commas, where there are other mentions."""
+    start, end = 0, len(clause)
+    if any(t.start() < target.start() for t in targets):
+        start = max(clause.rfind(",", 0, target.start() - low), 0)
+    if any(t.start() > target.start() for t in targets):
+        comma = clause.find(",", target.end() - low)
+        end = comma if comma >= 0 else end
+    return clause[start:end]
 
 
 def _is_pulmonary(target: re.Match[str], text: str) -> bool:
@@ -505,8 +526,6 @@ def _is_pulmonary(target: re.Match[str], text: str) -> bool:
         )
 
     pulmonary, other = distance(RULES.pulmonary), distance(RULES.other_vessel)
-    if pulmonary == other == 10_000:
-        return target.group() == "DEFECT"
     return pulmonary <= other
 
 
@@ -530,6 +549,8 @@ def _applies(modifier: re.Match[str], target: re.Match[str], targets: list[re.Ma
     between = text[target.end() : modifier.start()]
     if direction == "forward" or (reach and len(between.split()) > reach):
         return False
+    if kind == "acute" and any(0 <= t.start() - modifier.end() < 40 for t in targets):
+        return False  # it belongs to the mention after it
     if kind in ("absent", "unsure", "possible", "resolved", "artifact") and RULES.other_finding.search(between):
         return False
     nearer = [t for t in targets if target.end() <= t.start() and t.end() <= modifier.start()]
@@ -543,13 +564,13 @@ def _judged(kinds: set[str], clause: str, sentence: str) -> _Mention | None:
     """One mention's label from the kinds of modifiers in its scope; None where it asserts nothing."""
     if "present" in kinds:
         return _Mention("positive", "acute", sentence, clause)
-    if "silent" in kinds:
+    if "silent" in kinds and "resolved" not in kinds:
         return None
     if "unsure" in kinds:
         return _Mention("uncertain", "", sentence, clause)
     if "absent" in kinds:
         gone: Acuity = "resolved" if re.search(r"\b(?:residual|persist|remaining)", clause) else ""
-        denies_acute = "acute" in kinds and "chronic" not in clause
+        denies_acute = bool(re.search(r"\bacute", clause)) and "chronic" not in clause
         limited = bool(_LIMITED.search(clause)) and not _TO_SEGMENTAL.search(clause)
         return _Mention("negative", gone, sentence, clause, limited=limited, denies_acute=denies_acute)
     if "artifact" in kinds:

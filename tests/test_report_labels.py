@@ -50,6 +50,13 @@ def test_impression_decides_over_findings_and_findings_where_it_is_silent():
     assert label_report(findings + "IMPRESSION: Pneumonia.").label == "positive"
 
 
+def test_a_study_that_cannot_answer_is_not_negative():
+    found = label_report("FINDINGS: No central embolus.\nIMPRESSION: Nondiagnostic examination.")
+    assert (found.label, found.not_diagnostic, found.sentence) == ("uncertain", True, "Nondiagnostic examination.")
+    found = label_report("Acute PE. Nondiagnostic examination of the bases.")
+    assert (found.label, found.not_diagnostic) == ("positive", False)
+
+
 def test_addendum_reverses_the_impression_wherever_it_stands():
     report = "IMPRESSION: No pulmonary embolism.\n"
     addendum = "ADDENDUM: On review there is a segmental embolus in the left lower lobe.\n"
