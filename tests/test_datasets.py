@@ -1,0 +1,362 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_studies import CLASSIFIER, ENCODER, LUNG, SLABS, small_chest, small_studies
+
+from pe_app import datasets
+from pe_app.annotation import ReviewedSlice, SparseAnnotation
+from pe_app.datasets import (
+    AnnotatedSlabs,
+    Augmentation,
+    SlabItem,
+    StudyFeatures,
+    augmented,
+    encode_sources,
+    encode_studies,
+    prepare_slabs,
+    read_sources,
+)
+from pe_app.detector import Detector
+from pe_app.errors import InputError
+from pe_app.progress import Cancelled, Progress
+from pe_app.slabs import SlabConfig, study_slabs
+from pe_app.studies import Study
+from pe_app.volume import Volume
+from pe_app.volume_io import read_volume, write_volume
+
+
+def prepared(studies: tuple[Study, ...], cache: Path, seed: int = 0, config: SlabConfig = SLABS) -> AnnotatedSlabs:
+    return prepare_slabs(read_sources(studies), config, cache, seed)
+
+
+def used_slices(slabs: AnnotatedSlabs, studies: tuple[Study, ...]) -> dict[tuple[str, int], int]:
+    """Label by (study, slice): a slab's middle is looked up among the slices of its own CT; noise makes each unique."""
+    windowed = {s.study: (np.clip(read_volume(s.path).voxels, -1024, 500) + 1024.0) / 1524 for s in studies}
+    found = {}
+    for item in slabs:
+        study = slabs.files[int(item.study)].study
+        distance = np.abs(windowed[study] - item.slab[2].numpy()).max(axis=(1, 2))
+        assert distance.min() < 1e-3
+        assert (study, int(distance.argmin())) not in found
+        found[study, int(distance.argmin())] = int(item.label)
+    return found
+
+
+def reviewed(study: Study, *slices: tuple[int, str]) -> Study:
+    """The study with those slices reviewed in addition."""
+    volume = read_volume(study.path)
+    annotation = SparseAnnotation.read(study.annotation) if study.annotation else SparseAnnotation.empty(volume)
+    for index, state in slices:
+        annotation = annotation.review(ReviewedSlice(index, float(volume.slice_z_mm[index]), state))
+    path = study.path.with_name(f"{study.study}-more.json")
+    annotation.write(path, volume)
+    return replace(study, annotation=path)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory) -> tuple[Study, ...]:
+    return small_studies(tmp_path_factory.mktemp("studies"), count=6)
+
+
+def truth(study: Study) -> np.ndarray:
+    """Where the emboli of a study are, from the recipe and not from its annotation."""
+    number = int(study.study.removeprefix("study"))
+    return small_chest(number, emboli=3 if study.label == "positive" else 0)[1].voxels > 0
+
+
+def test_every_embolism_slice_is_a_positive_slab_and_as_many_negatives_are_drawn(studies, tmp_path):
+    slabs = prepared(studies, tmp_path)
+    used = used_slices(slabs, studies)
+    expected = {(s.study, z) for s in studies[::2] for z in range(LUNG.start, LUNG.stop, 3) if truth(s)[z].any()}
+    assert {place for place, label in used.items() if label == 1} == expected
+    assert len(slabs) == 2 * len(expected)
+    assert slabs.labels.sum() == len(expected)
+
+
+def test_negatives_come_half_from_slices_marked_none_and_half_from_the_lung_of_negative_studies(tmp_path):
+    studies = small_studies(tmp_path / "studies", count=4)
+    clear = [z for z in LUNG if z % 3 != LUNG.start % 3 and not truth(studies[0])[z].any()]
+    studies = (reviewed(studies[0], *((z, "none") for z in clear)), *studies[1:])
+    used = used_slices(prepared(studies, tmp_path), studies)
+    negative = [place for place, label in used.items() if label == 0]
+    by_name = {study.study: study for study in studies}
+    marked = [(name, z) for name, z in negative if by_name[name].label == "positive"]
+    random = [(name, z) for name, z in negative if by_name[name].label == "negative"]
+    assert abs(len(marked) - len(random)) <= 1
+    for name, z in marked:
+        assert SparseAnnotation.read(by_name[name].annotation).state(z) == "none"
+    assert all(z in LUNG for _, z in random)
+    shares = [sum(name == study.study for name, _ in random) for study in studies[1::2]]
+    assert max(shares) - min(shares) <= 1
+
+
+def test_random_slices_fill_up_where_few_are_marked_none(studies, tmp_path):
+    used = used_slices(prepared(studies, tmp_path), studies)
+    marked = sum(len(range(LUNG.start, LUNG.stop, 3)) for _ in studies[::2]) - sum(used.values())
+    assert marked < sum(used.values()) // 2
+    assert (
+        sum(label == 0 and name in {study.study for study in studies[::2]} for (name, _), label in used.items())
+        == marked
+    )
+    assert sum(label == 0 for label in used.values()) == sum(used.values())
+
+
+def test_slabs_are_the_ct_in_the_window_and_targets_cover_the_mask(studies, tmp_path):
+    for item in prepared(studies, tmp_path):
+        assert item.slab.shape == (5, 64, 64)
+        assert item.slab.dtype == torch.float32
+        assert 0 <= item.slab.min() <= item.slab.max() <= 1
+        bright = torch.nn.functional.max_pool2d((item.slab[2] > 0.9).float()[None], 16)[0]  # 400 HU is 0.93, 40 is 0.70
+        assert item.target.shape == (4, 4)
+        assert (item.target >= bright).all()
+        assert bool(item.target.any()) == bool(item.label == 1)
+
+
+def test_uncertain_and_unreviewed_slices_never_reach_training(studies, tmp_path):
+    uncertain = {(studies[1].study, z) for z in LUNG if z % 2}  # of a negative study
+    changed = (
+        reviewed(studies[0], *((z, "uncertain") for z in range(LUNG.start, LUNG.stop, 3))),
+        reviewed(studies[1], *((z, "uncertain") for _, z in sorted(uncertain))),
+        *studies[2:],
+    )
+    used = used_slices(prepared(changed, tmp_path), changed)
+    assert not any(name == studies[0].study for name, _ in used)
+    assert not uncertain & used.keys()
+
+
+def test_a_negative_label_with_embolism_marked_is_refused(studies, tmp_path):
+    with pytest.raises(InputError, match=r"study study0: its label is 'negative', but slice \d+ is marked 'embolism'"):
+        prepared((replace(studies[0], label="negative"), *studies[1:]), tmp_path)
+
+
+def test_a_mask_outside_the_crop_is_left_out_with_a_warning(tmp_path, caplog):
+    volume, mask = small_chest(0, emboli=3)
+    drawn = np.zeros_like(mask.voxels)
+    drawn[10, :3, :3] = 1  # in the corner, beyond the centre 32 x 32
+    drawn[13, 30:34, 30:34] = 1
+    write_volume(volume, tmp_path / "ct.nrrd")
+    annotation = SparseAnnotation.from_mask(volume, volume.with_voxels(drawn), (10, 13, 16), "reader")
+    annotation.write(tmp_path / "ct.json", volume)
+    study = Study("corner", tmp_path / "ct.nrrd", label="positive", annotation=tmp_path / "ct.json")
+    slabs = prepared((study,), tmp_path / "cache", config=SlabConfig(matrix=64, crop=32, slab_count=6))
+    assert slabs.labels.tolist() == [1, 0]
+    assert "study corner: the mask on slice 10 lies outside the centre crop" in caplog.text
+
+
+def test_the_draw_follows_the_seed(studies, tmp_path):
+    draws = [
+        used_slices(prepared(studies, tmp_path / name, seed), studies) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+
+
+def test_without_an_embolism_slice_it_says_what_is_missing(studies, tmp_path):
+    with pytest.raises(InputError, match=r"no annotated embolism slice in 3 studies \(0 with an annotation\)"):
+        prepared(studies[1::2], tmp_path)
+
+
+def test_without_a_negative_slice_it_says_what_is_missing(tmp_path):
+    volume, mask = small_chest(0, emboli=3)
+    write_volume(volume, tmp_path / "ct.nrrd")
+    drawn = np.flatnonzero(mask.voxels.any(axis=(1, 2)))
+    SparseAnnotation.from_mask(volume, mask, drawn.tolist(), "reader").write(tmp_path / "ct.json", volume)
+    study = Study("ct", tmp_path / "ct.nrrd", annotation=tmp_path / "ct.json")
+    with pytest.raises(
+        InputError, match="no slice without embolism in 1 studies: add studies with the label 'negative'"
+    ):
+        prepared((study,), tmp_path / "cache")
+
+
+def test_a_missing_ct_is_refused_by_the_name_of_its_study(studies, tmp_path):
+    with pytest.raises(InputError, match=r"study study0: .*gone.nrrd cannot be read \(No such file"):
+        prepared((replace(studies[0], path=tmp_path / "gone.nrrd"), *studies[1:]), tmp_path)
+
+
+def test_a_broken_ct_is_refused_by_the_name_of_its_study(studies, tmp_path):
+    broken = tmp_path / "broken.nrrd"
+    broken.write_bytes(studies[1].path.read_bytes()[:500])
+    with pytest.raises(InputError, match="study study1: "):
+        prepared((studies[0], replace(studies[1], path=broken), *studies[2:]), tmp_path / "cache")
+
+
+def test_an_annotation_of_another_ct_is_refused_by_the_name_of_its_study(studies, tmp_path):
+    swapped = (replace(studies[0], annotation=studies[2].annotation), *studies[1:2])
+    with pytest.raises(InputError, match="study study0: annotation: made on other voxels"):
+        prepared(swapped, tmp_path)
+
+
+def test_prepared_slabs_are_not_prepared_again(studies, tmp_path, monkeypatch):
+    before = [item.slab for item in prepared(studies, tmp_path)]
+
+    def refuse(path: Path) -> Volume:
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(datasets, "read_volume", refuse)
+    again = prepared(studies, tmp_path)
+    assert all(torch.equal(one, item.slab) for one, item in zip(before, again, strict=True))
+
+
+def test_slabs_of_a_former_ct_or_annotation_or_setting_are_not_used(studies, tmp_path):
+    own = small_studies(tmp_path / "studies", count=2)
+    cache = tmp_path / "cache"
+    first = {file.path for file in prepared(own, cache).files}
+    assert {file.path for file in prepared(own, cache).files} == first
+
+    volume = read_volume(own[1].path)
+    write_volume(volume.with_voxels(volume.voxels + np.int16(7)), own[1].path)
+    second = prepared(own, cache)
+    assert second.files[0].path in first
+    assert second.files[1].path not in first
+
+    more = (reviewed(own[0], (LUNG.start + 1, "none")), own[1])
+    assert prepared(more, cache).files[0].path not in first
+    assert not first & {file.path for file in prepared(own, cache, config=replace(SLABS, hu_window=(-500, 500))).files}
+
+
+def test_preparing_goes_on_where_it_was_stopped_and_keeps_whole_files_only(studies, tmp_path):
+    def stop(progress: Progress) -> None:
+        if progress.done == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        prepare_slabs(read_sources(studies), SLABS, tmp_path, progress=stop)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
+    assert len(kept) == 3
+    assert not list(tmp_path.rglob(".*"))
+    prepared(studies, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_truncated_file_of_slabs_is_made_again(studies, tmp_path):
+    slabs = prepared(studies, tmp_path)
+    expected, path = slabs[0].slab, slabs.files[0].path
+    path.write_bytes(path.read_bytes()[:1000])
+    assert torch.equal(prepared(studies, tmp_path)[0].slab, expected)
+
+
+def blocks(seed: int) -> SlabItem:
+    """Slabs that are bright exactly on the cells of their target, so that one can be told from the other."""
+    rng = np.random.default_rng(seed)
+    targets = np.zeros((16, 6, 6), np.float32)
+    targets[np.arange(8), rng.integers(0, 6, 8), rng.integers(0, 6, 8)] = 1
+    slabs = np.repeat(targets.repeat(16, 1).repeat(16, 2)[:, None], 5, 1) * 0.5 + 0.25
+    labels = torch.tensor([1] * 8 + [0] * 8)
+    return SlabItem(torch.from_numpy(slabs), torch.from_numpy(targets), labels, torch.zeros(16, dtype=torch.long))
+
+
+def test_flips_and_shifts_move_slab_and_target_together():
+    items = blocks(0)
+    settings = Augmentation(flip=True, shift_cells=3, jitter_hu=0)
+    moved = 0
+    for seed in range(20):
+        changed = augmented(items, settings, SLABS, torch.Generator().manual_seed(seed))
+        bright = torch.nn.functional.max_pool2d(changed.slab.mean(1), 16) > 0.5
+        assert torch.equal(bright.float(), changed.target)
+        assert torch.equal(changed.target.any((1, 2)), items.target.any((1, 2)))  # no embolism is lost or made up
+        moved += int((changed.target != items.target).any((1, 2)).sum())
+    assert moved > 80  # of 160
+
+
+def test_jitter_adds_one_offset_to_a_slab_within_its_bound():
+    items = blocks(0)
+    settings = Augmentation(flip=False, shift_cells=0, jitter_hu=50)
+    changed = augmented(items, settings, SLABS, torch.Generator().manual_seed(0))
+    offset_hu = ((changed.slab - items.slab) * 1524).flatten(1)
+    assert (offset_hu.amax(1) - offset_hu.amin(1)).max() < 1e-2
+    assert offset_hu.abs().max() <= 50
+    assert offset_hu[:, 0].std() > 10
+    assert torch.equal(changed.target, items.target)
+
+
+def test_augmentation_follows_its_generator_and_leaves_the_original():
+    items, original = blocks(0), blocks(0)
+    first, second = (augmented(items, Augmentation(), SLABS, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first.slab, second.slab)
+    assert torch.equal(items.slab, original.slab)
+    assert torch.equal(items.target, original.target)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    made = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
+    made.precision = "float32"
+    return made
+
+
+def test_features_are_the_frozen_encoders_last_activations_in_float16(studies, tmp_path, detector):
+    statistics = detector.encoder.bn1.running_mean.clone()
+    detector.encoder.train()  # as a careless caller leaves it
+    path = encode_studies(detector, studies[:1], tmp_path)[0]
+    volume = read_volume(studies[0].path)
+    assert path.name.startswith(volume.sha256 + "-")
+    slabs = study_slabs(volume, datasets.lung_range(volume), SLABS)
+    with torch.no_grad():
+        expected = detector.encoder.eval()(torch.from_numpy(slabs.pixels.copy())).features
+    stored = np.load(path)
+    assert stored.dtype == np.float16
+    np.testing.assert_allclose(stored, expected.numpy(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(detector.encoder.bn1.running_mean, statistics)
+
+
+def test_features_come_in_the_order_of_the_studies_with_their_labels(studies, tmp_path, detector):
+    files = encode_sources(detector, read_sources(studies), tmp_path)
+    items = StudyFeatures(files, [study.label == "positive" for study in studies])
+    assert [int(item.label) for item in items] == [1, 0, 1, 0, 1, 0]
+    for study, file, item in zip(studies, files, items, strict=True):
+        assert (file.study, file.image_sha256) == (study.study, read_volume(study.path).sha256)
+        assert item.features.shape == (6, 64, 4, 4)
+        assert np.array_equal(item.features.numpy(), np.load(file.path))
+
+
+def test_encoding_goes_on_where_it_was_stopped(studies, tmp_path, detector):
+    reports: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        reports.append(progress)
+        if progress.task == "encode studies" and progress.done >= 2 * SLABS.slab_count:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        encode_studies(detector, studies, tmp_path, stop)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
+    assert len(kept) == 2
+    paths = encode_studies(detector, studies, tmp_path)
+    assert len(set(paths)) == 6
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    done = [report.done for report in reports if report.task == "encode studies"]
+    assert done == sorted(done)
+    assert {report.total for report in reports if report.task == "encode studies"} == {6 * SLABS.slab_count}
+
+
+def test_features_of_other_weights_or_settings_or_voxels_have_other_names(tmp_path, detector):
+    study = small_studies(tmp_path / "studies", count=1)
+    cache = tmp_path / "cache"
+    paths = {encode_studies(detector, study, cache)[0]}
+    paths |= {encode_studies(Detector.untrained(1, SLABS, ENCODER, CLASSIFIER), study, cache)[0]}
+    paths |= {encode_studies(replace(detector, slabs=replace(SLABS, slab_spacing="physical")), study, cache)[0]}
+    tilted = Detector.untrained(0, SLABS, replace(ENCODER, attention_score="positive_logit"), CLASSIFIER)
+    paths |= {encode_studies(tilted, study, cache)[0]}
+    volume = read_volume(study[0].path)
+    write_volume(volume.with_voxels(volume.voxels + np.int16(7)), study[0].path)
+    paths |= {encode_studies(detector, study, cache)[0]}
+    assert len(paths) == 5
+
+
+def test_a_truncated_file_of_features_is_made_again(studies, tmp_path, detector):
+    path = encode_studies(detector, studies[:1], tmp_path)[0]
+    expected = np.load(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert encode_studies(detector, studies[:1], tmp_path) == (path,)
+    assert np.array_equal(np.load(path), expected)
+
+
+def test_a_study_without_lung_is_refused_by_its_name(tmp_path, detector):
+    volume, _ = small_chest(0, emboli=0)
+    lung = np.abs(volume.voxels + 820) < 120
+    write_volume(volume.with_voxels(np.where(lung, np.int16(40), volume.voxels)), tmp_path / "belly.nrrd")
+    with pytest.raises(InputError, match=r"study belly: .*no lung"):
+        encode_studies(detector, (Study("belly", tmp_path / "belly.nrrd"),), tmp_path)
