@@ -323,7 +323,8 @@ class Detector:
         for stage, network in (("encoder", self.encoder), ("classifier", self.classifier)):
             for name, value in network.state_dict().items():
                 kept = value.detach().cpu().contiguous()
-                weights[f"{stage}.{name}"] = kept.half() if half and kept.is_floating_point() and kept.ndim > 1 else kept
+                is_matrix = kept.is_floating_point() and kept.ndim > 1
+                weights[f"{stage}.{name}"] = kept.half() if half and is_matrix else kept
         metadata = {
             "format": FORMAT,
             "program": f"pe-app {pe_app.__version__}",
@@ -340,9 +341,7 @@ def default_model() -> Path | None:
     return STARTER_MODEL if STARTER_MODEL.is_file() else None
 
 
-def _evidence(
-    slabs: Slabs, raw: NDArray[np.float32], slab_probability: NDArray[np.float32]
-) -> tuple[Evidence, ...]:
+def _evidence(slabs: Slabs, raw: NDArray[np.float32], slab_probability: NDArray[np.float32]) -> tuple[Evidence, ...]:
     grid = slabs.to_volume(raw)
     entries = []
     for slab, probability in enumerate(slab_probability):
@@ -358,7 +357,8 @@ def _evidence(
 def _from_metadata(path: Path, metadata: Mapping[str, str]) -> Detector:
     """Networks of the file's own dimensions, without memory for weights yet: a lying header costs nothing."""
     if metadata.get("format") != FORMAT:
-        raise InputError(f"model {path}: format {metadata.get('format')!r}, expected {FORMAT}: not a model of this program")
+        found = metadata.get("format")
+        raise InputError(f"model {path}: format {found!r}, expected {FORMAT}: not a model of this program")
     try:
         slab_settings = json.loads(metadata["slabs"])
         slab_settings["hu_window"] = tuple(slab_settings["hu_window"])

@@ -208,9 +208,7 @@ def _draw_evidence(axes: Axes, detection: Detection, volume: Volume, chosen: tup
 def _draw_slice(axes: Axes, volume: Volume, slice_index: int) -> None:
     low, high = PE_WINDOW_HU
     aspect = volume.spacing_mm[1] / volume.spacing_mm[2]
-    axes.imshow(
-        volume.voxels[slice_index], cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear"
-    )
+    axes.imshow(volume.voxels[slice_index], cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="bilinear")
     axes.set_axis_off()
 
 

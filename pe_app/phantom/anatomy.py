@@ -105,7 +105,7 @@ class Grain:
 
 
 def cavity_depth(x: Field, y: Field, z: Field | float) -> Field:
-    """mm inside the rib cage."""
+    """Mm inside the rib cage."""
     up = np.clip((np.asarray(z) + 30) / 160, 0, 1.0)
     half_x = 130 * np.sqrt(np.maximum(1 - up**2.6, 0.012))
     half_y = 90 * np.sqrt(np.maximum(1 - 0.86 * up**3, 0.012))
@@ -116,7 +116,7 @@ def cavity_depth(x: Field, y: Field, z: Field | float) -> Field:
 
 
 def mediastinum_depth(patient: Patient, x: Field, y: Field, z: Field | float) -> Field:
-    """mm inside the heart and everything else between the lungs, spine and paraspinal tissue included."""
+    """Mm inside the heart and everything else between the lungs, spine and paraspinal tissue included."""
     z = np.asarray(z)
     column = _ellipse(x, y, 0, 2, 25 + 3 * np.clip(z / 60, 0, 1), 64)
     spine = _ellipse(x, y, patient.spine_x, spine_y(patient, z) + 4, 23, 21)
@@ -127,7 +127,7 @@ def mediastinum_depth(patient: Patient, x: Field, y: Field, z: Field | float) ->
 
 
 def heart_depth(patient: Patient, x: Field, y: Field, z: Field | float) -> Field:
-    """mm inside the pericardium."""
+    """Mm inside the pericardium."""
     h = patient.heart
     left = _rotated(x, y, z, (26, -26, -50), (0.66, -0.6, -0.45), 66 * h, 44 * h)
     right = _ellipsoid(x, y, z, (-20, -22, -38), (38 * h, 40, 46 * h))
@@ -144,14 +144,14 @@ def diaphragm_z(patient: Patient, x: Field, y: Field) -> tuple[Field, Field]:
 
 
 def lung_depth(patient: Patient, x: Field, y: Field, z: Field | float) -> Field:
-    """mm inside the lungs."""
+    """Mm inside the lungs."""
     height, slope = diaphragm_z(patient, x, y)
     depth = -_join(-cavity_depth(x, y, z), mediastinum_depth(patient, x, y, z), 6)
     return -_join(-depth, (height - z) * slope, 6)
 
 
 def spine_y(patient: Patient, z: Field | float) -> Field:
-    """y of the middle of the vertebral bodies."""
+    """Y of the middle of the vertebral bodies."""
     return np.asarray(65 - patient.kyphosis * (np.asarray(z) / 120) ** 2)
 
 
@@ -170,9 +170,7 @@ def layers(patient: Patient, scan: Scan, x: Field, y: Field, z: float, grain: Gr
     yield from _bones(patient, x, y, z, cavity, grain)
 
 
-def _wall(
-    patient: Patient, scan: Scan, x: Field, y: Field, z: float, cavity: Field, grain: Grain
-) -> Iterator[Layer]:
+def _wall(patient: Patient, scan: Scan, x: Field, y: Field, z: float, cavity: Field, grain: Grain) -> Iterator[Layer]:
     """Skin, fat and muscles."""
     shoulder = float(np.clip((z - 55) / 60, 0, 1)) ** 1.5
     half_x = 152 + 26 * shoulder + patient.fat_mm
@@ -256,7 +254,9 @@ def _lungs(
         patch = 14 * scan.consolidation * (grain.middle - 1.15) + 3 * grain.fine + 4 * (y > 0)
         yield Layer(np.minimum(lung, np.where(z < 40, patch + 5, -9)), -520.0)
         yield Layer(np.minimum(lung, np.where(z < 40, patch, -9)), 40.0)
-    dependent = np.clip((y - 42) / 40, 0, 1) * 7 - lung + 1.5 * grain.fine - 2  # a rim at the back, as in every supine scan
+    dependent = (
+        np.clip((y - 42) / 40, 0, 1) * 7 - lung + 1.5 * grain.fine - 2
+    )  # a rim at the back, as in every supine scan
     yield Layer(np.minimum(lung, np.where(lung > 0, dependent, -9)), -690.0)
     for depth_mm, side in zip(scan.effusion_mm, (-1, 1), strict=True):
         if not depth_mm:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pe_app.phantom.vessels import Points, Tree, place_of, tube
+from pe_app.phantom.vessels import Points, Tree
 
 Place = Literal["saddle", "central", "lobar", "segmental", "subsegmental"]
 CLOT_HU = (30.0, 80.0)
@@ -132,9 +131,7 @@ def _saddle(tree: Tree, rng: np.random.Generator) -> tuple[Clot, set[int]] | Non
     return Clot("saddle", float(rng.uniform(*CLOT_HU)), *shape), {0, *tree.branches[0].children[:2]}
 
 
-def _in_branch(
-    tree: Tree, rng: np.random.Generator, place: Place, smallest_mm: float
-) -> tuple[Clot, set[int]] | None:
+def _in_branch(tree: Tree, rng: np.random.Generator, place: Place, smallest_mm: float) -> tuple[Clot, set[int]] | None:
     fits = [
         i
         for i, b in enumerate(tree.branches)

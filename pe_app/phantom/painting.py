@@ -17,8 +17,8 @@ from pe_app.phantom.vessels import Points
 from pe_app.quality import blood_hu
 from pe_app.volume import Volume
 
-LARGEST_RADIUS_MM = 12.0
-"""Thicker enhanced tubes are aorta or heart."""
+LARGEST_RADIUS_MM = 8.5
+"""Thicker enhanced tubes may be aorta or heart; the main pulmonary arteries go with them."""
 
 CLOSED_MM = 16.0
 """Lungs closed by so much contain their vessels and the hila, but not the mediastinum."""

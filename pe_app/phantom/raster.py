@@ -48,9 +48,9 @@ class Tubes:
         first = grid.bottom_mm - 0.5 * (grid.spacing_mm - step)
         reach = np.maximum(radius, 0.6 * step)  # a thin level vessel must not slip between two planes
         low = np.maximum(np.ceil((points[:, 2] - reach - first) / step), 0).astype(np.int64)
-        high = np.minimum(
-            np.floor((points[:, 2] + reach - first) / step), grid.slices * grid.planes - 1
-        ).astype(np.int64)
+        high = np.minimum(np.floor((points[:, 2] + reach - first) / step), grid.slices * grid.planes - 1).astype(
+            np.int64
+        )
         count = np.maximum(high - low + 1, 0)
         row = np.repeat(np.arange(len(points)), count)
         plane = low[row] + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
@@ -79,13 +79,13 @@ class Tubes:
         for k in range(planes):
             part = slice(bounds[k] - bounds[0], bounds[k + 1] - bounds[0])
             if part.start < part.stop:
-                total += _discs(centre[part] - low, nearest[part] - low, cut[part], half[part], width, height, self._edge)
+                total += _discs(
+                    centre[part] - low, nearest[part] - low, cut[part], half[part], width, height, self._edge
+                )
         total /= planes
         inside = np.maximum(low, 0), np.minimum(high + 1, self._grid.matrix)
         box = slice(inside[0][1], inside[1][1]), slice(inside[0][0], inside[1][0])
-        return box, total[
-            box[0].start - low[1] : box[0].stop - low[1], box[1].start - low[0] : box[1].stop - low[0]
-        ]
+        return box, total[box[0].start - low[1] : box[0].stop - low[1], box[1].start - low[0] : box[1].stop - low[0]]
 
 
 def _discs(

@@ -193,9 +193,7 @@ def _blob(rng: np.random.Generator, centre: Points, size_mm: float) -> Piece:
     return points, size_mm * rng.uniform(0.6, 1.0, 4)
 
 
-def _draw_grid(
-    rng: np.random.Generator, config: PhantomConfig, patient: Patient
-) -> tuple[Grid, NDArray[np.float64]]:
+def _draw_grid(rng: np.random.Generator, config: PhantomConfig, patient: Patient) -> tuple[Grid, NDArray[np.float64]]:
     """Pixels of a field of view that holds the chest, and how far the patient lies off its centre."""
     spacing = float(rng.choice(list(SPACINGS_MM), p=list(SPACINGS_MM.values())))
     spacing = config.spacing_mm or spacing
@@ -207,9 +205,7 @@ def _draw_grid(
     return Grid(slices, config.matrix, spacing, field_mm / config.matrix, float(bottom)), offset
 
 
-def _all_tubes(
-    grid: Grid, frame: _Frame, scan: Scan, vessels: Vessels, extras: _Extras
-) -> list[tuple[Tubes, float]]:
+def _all_tubes(grid: Grid, frame: _Frame, scan: Scan, vessels: Vessels, extras: _Extras) -> list[tuple[Tubes, float]]:
     """Everything tubular but the pulmonary arteries, in painter's order."""
 
     def tubes(pieces: Sequence[Piece], hu: float, grow: float = 1.0) -> tuple[Tubes, float]:

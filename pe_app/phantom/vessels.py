@@ -150,9 +150,7 @@ class Vessels:
     clavicles: list[tuple[Points, NDArray[np.float64]]]
 
 
-def grow_vessels(
-    rng: np.random.Generator, lung_depth: Callable[[Points], NDArray[np.float64]], leaves: int
-) -> Vessels:
+def grow_vessels(rng: np.random.Generator, lung_depth: Callable[[Points], NDArray[np.float64]], leaves: int) -> Vessels:
     """The vessels of one patient.
 
     Args:
@@ -167,9 +165,7 @@ def grow_vessels(
     wide = rng.uniform(0.88, 1.18)  # pulmonary arteries from narrow to dilated
     arteries = Tree()
     fork = np.array([12.0, -12.0, 20.0]) + rng.normal(0, 1.5, 3)
-    trunk = arteries.add(
-        np.stack([(16, -40, -2), (17, -29, 10), fork]), np.array([13.5, 13.5, 12.5]) * wide, -1
-    )
+    trunk = arteries.add(np.stack([(16, -40, -2), (17, -29, 10), fork]), np.array([13.5, 13.5, 12.5]) * wide, -1)
     right = arteries.add(
         np.concatenate([[fork], moved([(-4, 2, 18), (-22, 8, 15), (-40, 9, 10)])]),
         np.array([11, 10.5, 10, 8.5]) * wide,
@@ -243,7 +239,7 @@ def grow_vessels(
     ]
     for branch in arteries.branches[trunk + 3 :]:
         radius = float(branch.radius_mm.mean())
-        if 1.0 < radius:
+        if radius > 1.0:
             aside = np.array([-np.sign(branch.points[0, 0]), 0.5, 0.15]) / 1.13
             thin = np.minimum(branch.radius_mm * 0.72, 4.2)
             bronchi.append((branch.points + aside * (branch.radius_mm + 1.35 * thin)[:, None], thin))
@@ -298,7 +294,7 @@ def _points_in_lung(
 
 
 def fissure_height(y: NDArray[np.floating]) -> NDArray[np.floating]:
-    """z of the oblique fissure at depth y: high at the back, low at the front; nominal mm."""
+    """Z of the oblique fissure at depth y: high at the back, low at the front; nominal mm."""
     return -18 + 0.72 * y
 
 

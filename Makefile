@@ -1,0 +1,33 @@
+# make demo: install, two phantom studies, a real server, both detections in demo/
+# make test: install, then every test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test install lint starter-model clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/pe-app demo --out demo
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The recipe of the model that ships. BACKGROUNDS: enhanced CTs to paint emboli into, CT or CT,ARTERIES each.
+starter-model: install
+	$(BIN)/python -m pe_app.starter --work runs/starter $(foreach b,$(BACKGROUNDS),--background $(b)) \
+		--out pe_app/models/starter.safetensors
+
+clean:
+	rm -rf $(VENV) demo runs build *.egg-info

@@ -1,0 +1,202 @@
+"""The whole way from a volume to a detection, and the file that holds a detector."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from pe_app.detector import Detector, ModelCard, TrainingRecord
+from pe_app.errors import InputError
+from pe_app.phantom import PhantomConfig, make_phantom
+from pe_app.progress import Cancelled
+from pe_app.slab_encoder import EncoderConfig
+from pe_app.slabs import SlabConfig
+from pe_app.study_classifier import ClassifierConfig
+from pe_app.volume import Volume
+
+SLABS = SlabConfig(matrix=128, crop=64, slab_count=12)
+RECORD = TrainingRecord(
+    10, 5, 30, True, 3, 2, 1.5, "cpu", "2026-01-01T00:00:00+00:00", "abc", {"batch": 4}, {"accuracy": 0.9}, ("ab" * 32,)
+)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    small = Detector.untrained(
+        slabs=SLABS, encoder=EncoderConfig(width=8), classifier=ClassifierConfig(feature_channels=64, grid=4, filters=4)
+    )
+    small.precision = "float32"
+    return small
+
+
+@pytest.fixture(scope="module")
+def volume() -> Volume:
+    return make_phantom(np.random.default_rng(5), PhantomConfig(matrix=128, spacing_mm=3.0), positive=True).volume
+
+
+def test_an_untrained_model_says_so_every_time(detector, volume):
+    codes = [reason.code for reason in detector.detect(volume).detection.reasons]
+    assert "untrained_model" in codes
+    assert detector.detect(volume).detection.to_json()["model"]["trained"] is False
+
+
+def test_a_model_that_saw_only_painted_emboli_says_so(detector):
+    demo = Detector(detector.encoder, detector.classifier, SLABS, ModelCard("starter", "1", RECORD, RECORD))
+    assert [reason.code for reason in demo.card.reasons()] == ["demo_model"]
+    assert not demo.card.reasons()[0].refuses
+
+
+def test_a_detection_has_one_evidence_a_slab_from_the_feet_to_the_head(detector, volume):
+    result = detector.detect(volume)
+    detection = result.detection
+    assert detection.status == "analysed"
+    assert len(detection.evidence) == 12
+    assert (np.diff([slab.z_mm for slab in detection.evidence]) > 0).all()
+    assert 0 <= detection.probability <= 1
+    assert result.attention.shape == (12, 4, 4)
+    assert result.attention.voxels.dtype == np.uint8
+    json.dumps(detection.to_json(), allow_nan=False)
+
+
+def test_attention_is_the_normalised_map_times_the_slab_probability(detector, volume):
+    result = detector.detect(volume)
+    for slab, entry in enumerate(result.detection.evidence):
+        expected = 255 * entry.probability if entry.attention_peak > 0 else 0
+        assert abs(float(result.attention.voxels[slab].max()) - expected) <= 1
+        if entry.peak_lps_mm:
+            peak = result.attention.to_index(entry.peak_lps_mm).round().astype(int)
+            assert result.attention.voxels[tuple(peak)] == result.attention.voxels[slab].max()
+
+
+def test_slab_probabilities_are_the_encoders_on_each_slab_alone(detector, volume):
+    from pe_app.lungs import lung_range
+    from pe_app.slabs import study_slabs
+
+    pixels = torch.from_numpy(study_slabs(volume, lung_range(volume), SLABS).pixels.copy())
+    with torch.no_grad():
+        alone = [float(detector.encoder(slab[None]).logits.softmax(1)[0, 1]) for slab in pixels]
+    evidence = [slab.probability for slab in detector.detect(volume).detection.evidence]
+    assert evidence == pytest.approx(alone, abs=1e-5)
+
+
+def test_cancelling_stops_between_slabs(detector, volume):
+    def cancel(progress):
+        if progress.done >= 10:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        detector.detect(volume, cancel)
+
+
+def test_a_volume_without_lung_is_refused_without_a_probability(detector):
+    water = Volume(np.zeros((60, 128, 128), np.int16), np.diag([0.0, 0, 0, 1]) + np.eye(4)[[2, 1, 0, 3]] * [3, 2, 2, 0])
+    result = detector.detect(water)
+    assert result.detection.status == "refused"
+    assert result.detection.probability is None
+    assert result.attention is None
+    assert any(reason.refuses for reason in result.detection.reasons)
+
+
+def test_a_file_rebuilds_its_own_detector(detector, volume, tmp_path):
+    carded = Detector(detector.encoder, detector.classifier, SLABS, ModelCard("mine", "7", RECORD, None))
+    carded.save(tmp_path / "model.safetensors")
+    loaded = Detector.load(tmp_path / "model.safetensors")
+    loaded.precision = "float32"
+    assert loaded.card == carded.card
+    assert loaded.slabs == SLABS
+    assert loaded.detect(volume).detection.probability == detector.detect(volume).detection.probability
+
+
+def test_the_identity_is_the_sha256_of_the_file(detector, tmp_path):
+    import hashlib
+
+    path = tmp_path / "model.safetensors"
+    detector.save(path)
+    assert Detector.load(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest() == detector.sha256
+
+
+def test_half_precision_halves_the_file_and_hardly_moves_the_probability(detector, volume, tmp_path):
+    detector.save(tmp_path / "full.safetensors")
+    detector.save(tmp_path / "half.safetensors", half=True)
+    sizes = [(tmp_path / name).stat().st_size for name in ("half.safetensors", "full.safetensors")]
+    assert sizes[0] < 0.6 * sizes[1]
+    loaded = Detector.load(tmp_path / "half.safetensors")
+    loaded.precision = "float32"
+    assert loaded.detect(volume).detection.probability == pytest.approx(
+        detector.detect(volume).detection.probability, abs=5e-3
+    )
+
+
+def rewritten(path, metadata=None, weights=None):
+    content = path.read_bytes()
+    tensors = safetensors.torch.load(content)
+    with safetensors.safe_open(path, "pt") as file:
+        kept = file.metadata()
+    changed = path.with_name("changed.safetensors")
+    safetensors.torch.save_file({**tensors, **(weights or {})}, changed, {**kept, **(metadata or {})})
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "other"}, "not a model of this program"),
+        ({"encoder": json.dumps({"slices_per_slab": 5, "width": 100000})}, "its settings say"),
+        ({"slabs": "{"}, "settings cannot be used"),
+        ({"slabs": json.dumps({"crop": 7})}, "settings cannot be used"),
+        (
+            {"card": json.dumps({"name": "x", "version": "1", "encoder": {"studies": 3}, "classifier": None})},
+            "settings",
+        ),
+    ],
+)
+def test_a_lying_header_is_refused_with_a_sentence_and_takes_no_memory(detector, tmp_path, metadata, message):
+    detector.save(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        Detector.load(rewritten(tmp_path / "model.safetensors", metadata))
+
+
+def test_weights_that_are_not_finite_are_refused(detector, tmp_path):
+    detector.save(tmp_path / "model.safetensors")
+    broken = rewritten(tmp_path / "model.safetensors", weights={"encoder.fc.bias": torch.tensor([0.0, torch.nan])})
+    with pytest.raises(InputError, match="not finite"):
+        Detector.load(broken)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
+def test_a_file_that_is_no_model_is_refused(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        Detector.load(path)
+
+
+def test_a_truncated_model_is_refused(detector, tmp_path):
+    path = tmp_path / "model.safetensors"
+    detector.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be read"):
+        Detector.load(path)
+
+
+def test_a_reader_never_sees_a_half_written_model(detector, tmp_path):
+    """A process that is killed while it saves again and again leaves a model that loads."""
+    path = tmp_path / "model.safetensors"
+    detector.save(path)
+    program = f"from pe_app.detector import Detector\nd = Detector.load({str(path)!r})\nprint('go', flush=True)\n"
+    program += f"while True: d.save({str(path)!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
+    child.stdout.readline()
+    for _ in range(20):
+        Detector.load(path)
+    child.kill()
+    child.wait()
+    Detector.load(path)
+    assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["model.safetensors"]
