@@ -1,7 +1,7 @@
 """The panel, clicked and typed at like a reader does, over a stand-in for Slicer's Qt and a server on a real socket.
 
-No test is decided by a timing; the longest stall of the main thread is reported, and that no request was made on it
-is asserted of every test.
+No test is decided by a timing. That no request was made on the main thread is asserted of every test; its longest
+stall in each test goes to the file that PE_STALLS names, screenshots to the folder that PE_SCREENSHOTS names.
 """
 
 import io
@@ -139,8 +139,8 @@ def stalls():
     yield
     worst = sorted(STALLS.items(), key=lambda item: -item[1])
     text = "\n".join(f"{value:7.1f} ms  {name}" for name, value in worst)
-    if os.environ.get("PE_SCREENSHOTS"):
-        (Path(os.environ["PE_SCREENSHOTS"]) / "stalls.txt").write_text(text + "\n")
+    if os.environ.get("PE_STALLS"):
+        Path(os.environ["PE_STALLS"]).write_text(text + "\n")
 
 
 def clot():

@@ -451,7 +451,7 @@ class Client:
                 **arguments,
             )
         except requests.RequestException as error:
-            raise ServerError(self._why(error)) from error
+            raise ServerError(self._why(error, foreign)) from error
         if response.status_code >= 300:
             raise self._refusal(response, foreign)
         return response
@@ -462,7 +462,7 @@ class Client:
             request.headers["Authorization"] = f"Bearer {self.token}"
         return request
 
-    def _why(self, error: requests.RequestException) -> str:
+    def _why(self, error: requests.RequestException, foreign: bool = False) -> str:
         """A failed connection as a sentence: what is wrong and what to try."""
         parts = urlsplit(self.address)
         where = parts.netloc
@@ -483,7 +483,7 @@ class Client:
         if "refused" in text:
             return f"Nothing answers at {where}; is the server started (pe-app serve) and is the port right?"
         if any(word in text for word in ("reset", "aborted", "remotedisconnected", "badstatus", "incomplete")):
-            hint = f"; if it uses encryption, try https://{where}" if parts.scheme == "http" else ""
+            hint = f"; if it uses encryption, try https://{where}" if foreign and parts.scheme == "http" else ""
             return f"The connection to {where} was closed before an answer came{hint}."
         return f"The server at {where} cannot be reached ({error.__class__.__name__})."
 

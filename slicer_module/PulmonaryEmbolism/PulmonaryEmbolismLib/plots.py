@@ -196,4 +196,7 @@ class TrainingCurves(qt.QWidget):
             painter.setPen(qt.QPen(colour, 1.6))
             painter.drawPath(path)
             painter.drawText(right + 12, 16 + 16 * row, f"{name.replace('_', ' ')}  {values[-1]:.3f}")
+        if names:
+            painter.setPen(self.palette.color(qt.QPalette.Text))
+            painter.drawText(right + 12, 104, f"epoch {last}")
         painter.end()

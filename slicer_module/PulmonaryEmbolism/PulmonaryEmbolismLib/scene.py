@@ -112,9 +112,13 @@ class StudyScene:
     def paint_slice(self, k: int, mask: Optional[np.ndarray]) -> None:
         """Replace the paint of one slice; None takes it away."""
         masks = self.masks()
-        masks.pop(k, None)
+        before = masks.pop(k, None)
         if mask is not None and mask.any():
+            if before is not None and np.array_equal(before, mask):
+                return
             masks[k] = mask
+        elif before is None:
+            return
         self._replace(EMBOLISM, masks)
 
     def guard(self, k: Optional[int]) -> None:

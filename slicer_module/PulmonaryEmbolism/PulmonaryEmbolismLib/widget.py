@@ -124,7 +124,7 @@ class Panel:
             header = table.horizontalHeader()
             header.setSectionResizeMode(qt.QHeaderView.ResizeToContents)
             header.setSectionResizeMode(stretch, qt.QHeaderView.Stretch)
-        for section in (ui.studySection, ui.annotateSection, ui.detectSection, ui.trainSection):
+        for section in (ui.worklistSection, ui.studySection, ui.annotateSection, ui.detectSection, ui.trainSection):
             section.collapsed = True
 
     def _connect_signals(self) -> None:
