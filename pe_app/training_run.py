@@ -151,7 +151,8 @@ class TrainingRun:
             state = RunState(**{name: saved[name] for name in fields})
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
             raise InputError(
-                f"run folder {self.folder}: checkpoint.pt cannot be read ({error}): choose another run folder"
+                f"run folder {self.folder}: its checkpoint.pt is damaged or of another program: choose another run "
+                "folder"
             ) from error
         self._check_same(found)
         network.load_state_dict(saved["network"])
