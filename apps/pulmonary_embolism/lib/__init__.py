@@ -1,0 +1,1 @@
+"""Parts of the pulmonary embolism app: translation between MONAI Label and ``pe_app``, no medical decisions."""

@@ -1,0 +1,233 @@
+"""Which study a reader gets next: what is known of each, who holds it, and MONAI Label's strategies on top.
+
+The choice itself is ``pe_app.review``'s; here it meets the store, the detections and the leases.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lib.infer import Detections
+from lib.store import Conflict, StudyStore
+from monailabel.interfaces.tasks.strategy import Strategy as StrategyTask
+
+from pe_app.errors import InputError
+from pe_app.files import write_durably
+from pe_app.review import SliceToReview, Strategy, StudyState, rank_studies, slices_to_review
+
+LEASE_MINUTES = 30
+ANONYMOUS = "anonymous"
+"""How a lease names a stock client that does not say who asks."""
+
+_DESCRIPTIONS: dict[Strategy, str] = {
+    "next_unreviewed": "Studies begun first, then those that nobody looked at",
+    "most_uncertain": "Studies whose probability is nearest the threshold",
+    "disagreement": "Studies where the two stages, the label or the reader contradict each other",
+    "random": "A study drawn at random, the baseline for the others",
+}
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who reads a study, and until when (seconds since 1970)."""
+
+    reader: str
+    until: float
+
+    def to_json(self) -> dict[str, str]:
+        """As clients see it, ISO 8601 in UTC."""
+        until = datetime.fromtimestamp(self.until, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return {"reader": self.reader, "until": until}
+
+
+class Leases:
+    """Who reads what: two readers who ask at once get different studies. Outlives a restart of the server."""
+
+    def __init__(self, path: Path, minutes: float = LEASE_MINUTES) -> None:
+        self._path = path
+        self._seconds = 60 * minutes
+        self.lock = threading.RLock()
+        self._held: dict[str, Lease] = {}
+        if path.is_file():
+            try:
+                held = json.loads(path.read_text(encoding="utf-8"))
+                self._held = {study: Lease(str(reader), float(until)) for study, (reader, until) in held.items()}
+            except (ValueError, TypeError, AttributeError):
+                path.unlink()  # leases are worth half an hour, not a refusal to start
+
+    def holder(self, study: str) -> str:
+        """Who reads a study now; "" for nobody."""
+        lease = self._held.get(study)
+        return lease.reader if lease and lease.until > time.time() else ""
+
+    def take(self, study: str, reader: str) -> Lease:
+        """Hold a study from now on for half an hour; whoever holds it already, holds it longer.
+
+        Raises:
+            Conflict: if somebody else holds it.
+        """
+        if not reader or len(reader) > 64 or not reader.isprintable():
+            raise InputError("reader: say who reads, with at most 64 printable characters")
+        with self.lock:
+            holder = self.holder(study)
+            if holder not in ("", reader):
+                raise Conflict(f"study {study} is being read by {holder}")
+            lease = Lease(reader, time.time() + self._seconds)
+            self._keep({**self._held, study: lease})
+            return lease
+
+    def prolong(self, study: str, reader: str) -> None:
+        """A reader who saves is at work: another half hour, if the study is still this reader's."""
+        with self.lock:
+            if self.holder(study) == reader:
+                self.take(study, reader)
+
+    def release(self, study: str, reader: str | None = None) -> None:
+        """Let others have a study.
+
+        Args:
+            study: the study.
+            reader: who lets go; somebody else's lease stays. None: whoever holds it.
+        """
+        with self.lock:
+            if study in self._held and reader in (None, self._held[study].reader):
+                self._keep({other: lease for other, lease in self._held.items() if other != study})
+
+    def _keep(self, held: Mapping[str, Lease]) -> None:
+        self._held = {study: lease for study, lease in held.items() if lease.until > time.time()}
+        content = {study: (lease.reader, lease.until) for study, lease in self._held.items()}
+        write_durably(self._path, json.dumps(content))
+
+
+class Worklist:
+    """All that is known of each study, without reading a CT."""
+
+    def __init__(self, store: StudyStore, detections: Detections, leases: Leases) -> None:
+        self.store = store
+        self.leases = leases
+        self._detections = detections
+
+    def rows(self) -> list[dict[str, object]]:
+        """A line for every study, as the REST interface shows it."""
+        return [self.row(study) for study in self.store.list_images()]
+
+    def row(self, study: str) -> dict[str, object]:
+        """A study's line of the worklist."""
+        facts = self.store.known_facts(study)
+        review = self.store.review_state(study)
+        detection = self._detections.known(study)
+        return {
+            "study": study,
+            "state": review.state,
+            "reviewed": review.reviewed,
+            "scheduled": len(facts.schedule) if facts else 0,
+            "label": self.store.label(study),
+            "probability": detection.probability if detection else None,
+            "model": f"{detection.model.name} {detection.model.version}" if detection else None,
+            "held_by": self.leases.holder(study) or None,
+            "revision": review.revision,
+            "usable": facts is None or not facts.reason,
+            "reason": facts.reason if facts else "not examined yet",
+        }
+
+    def details(self, study: str) -> dict[str, object]:
+        """All that is known of one study; examines its CT if nobody did."""
+        self.store.check_study(study)
+        facts = self.store.facts(study)
+        annotation = self.store.annotation_json(study)
+        detection = self._detections.known(study)
+        states = {entry["slice_index"]: entry["state"] for entry in annotation["slices"]} if annotation else {}
+        whys: dict[int, str] = dict.fromkeys(states, "suspicious")
+        whys |= {entry.slice_index: entry.why for entry in self.slices(study)}
+        whys |= dict.fromkeys(facts.schedule, "schedule")
+        schedule = [
+            {"slice_index": index, "z_mm": facts.z_mm[index], "reviewed": states.get(index), "why": whys[index]}
+            for index in sorted(whys)
+        ]
+        return {
+            **self.row(study),
+            "image": {"sha256": facts.sha256, "size": facts.size, "spacing_mm": facts.spacing_mm},
+            "schedule": schedule,
+            "annotation": annotation,
+            "tag": self.store.review_state(study).tag,
+            "detection": detection.to_json() if detection else None,
+        }
+
+    def states(self) -> list[StudyState]:
+        """What the choice of the next study rests on."""
+        return [self._state(study) for study in self.store.list_images()]
+
+    def slices(self, study: str) -> tuple[SliceToReview, ...]:
+        """The slices of a study still to look at."""
+        schedule = self.store.facts(study).schedule
+        return slices_to_review(schedule, self._detections.known(study), self.store.annotation(study))
+
+    def _state(self, study: str) -> StudyState:
+        facts = self.store.known_facts(study)
+        review = self.store.review_state(study)
+        detection = self._detections.known(study)
+        complete = review.state == "complete"  # also a stock client's final label, which has no reviewed slices
+        scheduled = len(facts.schedule) if facts else 0
+        return StudyState(
+            study=study,
+            label=self.store.label(study),
+            reviewed=max(scheduled, 1) if complete else review.reviewed,
+            scheduled=max(scheduled, 1) if complete else scheduled,
+            embolism=review.embolism,
+            probability=detection.probability if detection else None,
+            strongest_slab=max((slab.probability for slab in detection.evidence), default=None) if detection else None,
+            held_by=self.leases.holder(study),
+            usable=facts is None or not facts.reason,
+        )
+
+
+class NextStudy(StrategyTask):
+    """An active learning strategy: the study to read next, its slices, and a lease on it."""
+
+    def __init__(self, strategy: Strategy, worklist: Worklist) -> None:
+        super().__init__(_DESCRIPTIONS[strategy])
+        self._strategy = strategy
+        self._worklist = worklist
+        self._rng = np.random.default_rng()
+
+    def __call__(self, request: Mapping[str, Any], datastore: StudyStore) -> dict[str, object] | None:
+        """The next study, or None when every study is complete, unusable or held by others."""
+        said = request.get("reader") or request.get("client_id")
+        reader = str(said) if said else f"{ANONYMOUS} {uuid.uuid4().hex[:6]}"
+        states = self._worklist.states()
+        found = self._first_free(states, reader)
+        if found is None and not said:  # rather a study that an anonymous client looked at before than none
+            for state in states:
+                if state.held_by.startswith(ANONYMOUS):
+                    self._worklist.leases.release(state.study, state.held_by)
+            found = self._first_free([_freed(state) for state in states], reader)
+        return found
+
+    def _first_free(self, states: Sequence[StudyState], reader: str) -> dict[str, object] | None:
+        for state in rank_studies(self._strategy, states, self._rng, reader):
+            facts = self._worklist.store.facts(state.study)  # examines a CT that is new; it may not be usable
+            if facts.reason:
+                continue
+            try:
+                lease = self._worklist.leases.take(state.study, reader)
+            except Conflict:  # another reader asked at the same moment
+                continue
+            slices = [
+                {"slice_index": entry.slice_index, "z_mm": facts.z_mm[entry.slice_index], "why": entry.why}
+                for entry in self._worklist.slices(state.study)
+            ]
+            return {"id": state.study, "slices": slices, "lease_until": lease.to_json()["until"]}
+        return None
+
+
+def _freed(state: StudyState) -> StudyState:
+    return replace(state, held_by="") if state.held_by.startswith(ANONYMOUS) else state

@@ -1,0 +1,129 @@
+"""What is known of each CT without reading it again: identity, reading schedule, or why it cannot be used.
+
+Reading a CT takes seconds, so the last few stay in memory and the facts of all are kept on disk, keyed by the file's
+time and size: a file that is replaced or still being copied is examined again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pe_app
+from pe_app.annotation import slice_schedule
+from pe_app.errors import InputError
+from pe_app.files import write_durably
+from pe_app.quality import check_study
+from pe_app.volume import Volume
+from pe_app.volume_io import read_volume
+
+logger = logging.getLogger(__name__)
+
+VOLUMES_IN_MEMORY = 2
+"""A CT of 512 x 512 x 800 takes 420 MB; two cover a reader and a detection at the same time."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the server must know of a CT to offer it.
+
+    Attributes:
+        sha256: identity of its voxels; "" when it cannot be read, and then the rest is empty, too.
+        size: slices, rows, columns.
+        spacing_mm: in the same order.
+        schedule: the slices to review, every 10 mm.
+        z_mm: where every slice lies, feet to head.
+        reason: why it cannot be used; "" for a usable CT.
+    """
+
+    sha256: str = ""
+    size: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    schedule: tuple[int, ...] = ()
+    z_mm: tuple[float, ...] = ()
+    reason: str = ""
+
+
+class Images:
+    """The CTs of a store: volumes and facts by file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._volumes: OrderedDict[tuple[object, ...], Volume] = OrderedDict()
+        self._facts: dict[str, tuple[list[object], ImageFacts]] = {}
+        self._reading = threading.Lock()
+
+    def volume(self, path: Path) -> Volume:
+        """The CT of a file.
+
+        Raises:
+            InputError: if it cannot be read.
+        """
+        key = (path, *_stamp(path))
+        with self._reading:  # one at a time: two readers of the same CT must not hold it twice in memory
+            if key not in self._volumes:
+                volume = read_volume(path)
+                while len(self._volumes) >= VOLUMES_IN_MEMORY:
+                    self._volumes.popitem(last=False)
+                self._volumes[key] = volume
+            self._volumes.move_to_end(key)
+            return self._volumes[key]
+
+    def facts(self, study: str, path: Path) -> ImageFacts:
+        """The facts of a CT, examined now if nobody did before."""
+        known = self.known_facts(study, path)
+        if known is not None:
+            return known
+        stamp = _stamp(path)
+        facts = self._examine(path)
+        record = {"stamp": stamp, **asdict(facts)}
+        write_durably(self._folder / f"{study}.json", json.dumps(record))
+        self._facts[study] = (stamp, facts)
+        return facts
+
+    def known_facts(self, study: str, path: Path) -> ImageFacts | None:
+        """The facts of a CT if it was examined as it is now; None otherwise."""
+        try:
+            stamp = _stamp(path)
+        except OSError:
+            return ImageFacts(reason="the file is gone")
+        if study not in self._facts:
+            try:
+                record = json.loads((self._folder / f"{study}.json").read_text(encoding="utf-8"))
+                known = record.pop("stamp")
+                self._facts[study] = (known, ImageFacts(**{name: _frozen(value) for name, value in record.items()}))
+            except (OSError, ValueError, TypeError, KeyError):
+                return None
+        known, facts = self._facts[study]
+        return facts if known == stamp else None
+
+    def _examine(self, path: Path) -> ImageFacts:
+        try:
+            volume = self.volume(path)
+            schedule = slice_schedule(volume)
+        except InputError as error:
+            logger.warning("%s", error)
+            return ImageFacts(reason=str(error))
+        refused = [reason.message for reason in check_study(volume) if reason.refuses]
+        return ImageFacts(
+            volume.sha256,
+            volume.shape,
+            volume.spacing_mm,
+            tuple(int(index) for index in schedule),
+            tuple(round(float(z), 4) for z in volume.slice_z_mm),
+            refused[0] if refused else "",
+        )
+
+
+def _stamp(path: Path) -> list[object]:
+    """What changes when the file or this program does."""
+    status = path.stat()
+    return [path.name, status.st_mtime_ns, status.st_size, pe_app.__version__]
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,301 @@
+"""Detections on request: the served model, one study at a time, with progress, cancelling and a memory of results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from lib.store import StudyStore
+from monailabel.interfaces.tasks.batch_infer import BatchInferTask
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from pe_app.detection import CANDIDATE_THRESHOLD, Detection, ModelIdentity
+from pe_app.detector import Detector, default_model
+from pe_app.errors import InputError
+from pe_app.files import write_durably
+from pe_app.progress import Cancelled, Progress, ProgressCallback
+from pe_app.volume import Volume
+from pe_app.volume_io import resample_like, volume_from_image, write_volume
+
+logger = logging.getLogger(__name__)
+
+WAITING_DETECTIONS = 16
+"""More requests than this are sent away: each holds a thread while it waits."""
+
+REMEMBERED_JOBS = 500
+
+
+class Busy(Exception):  # noqa: N818 - a state, not a fault
+    """Too many detections are waiting."""
+
+
+class ServedDetector:
+    """The model that is served: the published one of this store, else the one the server was started with.
+
+    A file that changed is loaded before the next detection; one that cannot be loaded leaves the former model.
+    """
+
+    def __init__(self, published: Path, started_with: Path | None) -> None:
+        self.published = published
+        self._started_with = started_with or default_model()
+        self._lock = threading.Lock()
+        self._loaded: tuple[tuple[object, ...], Detector] | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The model's file; None while there is none and the served model is untrained."""
+        return self.published if self.published.is_file() else self._started_with
+
+    def current(self) -> Detector:
+        """The detector to use now.
+
+        Raises:
+            InputError: if the first model of all cannot be loaded.
+        """
+        with self._lock:
+            path = self.path
+            stamp = (path, *_stamp(path)) if path else ()
+            if self._loaded is None or self._loaded[0] != stamp:
+                self._loaded = (stamp, self._load(path))
+            return self._loaded[1]
+
+    def _load(self, path: Path | None) -> Detector:
+        if path is None:
+            logger.warning("there is no trained model: detections are random until one is trained or given")
+            return Detector.untrained()
+        try:
+            detector = Detector.load(path)
+        except InputError:
+            if self._loaded is None:
+                raise
+            logger.exception("the former model stays")
+            return self._loaded[1]
+        logger.info("model %s %s, SHA-256 %.12s, is served", detector.card.name, detector.card.version, detector.sha256)
+        return detector
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a detection is; ``state`` is waiting, running, done, failed or cancelled."""
+
+    state: str = "waiting"
+    task: str = ""
+    done: int = 0
+    total: int = 0
+    text: str = ""
+
+
+class Jobs:
+    """The detections that run, wait, or ended lately, by the name that the client chose."""
+
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._cancelled: set[str] = set()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> Job | None:
+        """Where a job is."""
+        return self._jobs.get(name)
+
+    def cancel(self, name: str) -> bool:
+        """Ask a job to stop; False if there is none of that name under way."""
+        with self._lock:
+            job = self._jobs.get(name)
+            under_way = job is not None and job.state in ("waiting", "running")
+            if under_way:
+                self._cancelled.add(name)
+            return under_way
+
+    def cancel_all(self) -> None:
+        """Ask every job to stop, since the server does."""
+        for name in list(self._jobs):
+            self.cancel(name)
+
+    @contextmanager
+    def job(self, name: str) -> Iterator[ProgressCallback]:
+        """A job while the block runs: the callback to tell its progress, which stops it when it was cancelled."""
+        with self._lock:
+            known = self._jobs.get(name)
+            if known is not None and known.state in ("waiting", "running"):
+                raise InputError(f"job {name!r} is running: choose another name")
+            under_way = sum(job.state in ("waiting", "running") for job in self._jobs.values())
+            if under_way > WAITING_DETECTIONS:
+                raise Busy(f"{under_way} detections are waiting: ask again in a minute")
+            self._jobs[name] = Job()
+            while len(self._jobs) > REMEMBERED_JOBS:
+                self._jobs.popitem(last=False)
+
+        def report(progress: Progress) -> None:
+            if name in self._cancelled:
+                raise Cancelled("cancelled")
+            state = "waiting" if progress.total == 0 else "running"
+            self._jobs[name] = Job(state, progress.task, progress.done, progress.total, progress.text)
+
+        try:
+            yield report
+            self._jobs[name] = replace(self._jobs[name], state="done")
+        except BaseException as error:
+            state = "cancelled" if isinstance(error, Cancelled) else "failed"
+            self._jobs[name] = replace(self._jobs[name], state=state, text=str(error))
+            raise
+        finally:
+            self._cancelled.discard(name)
+
+
+class Detections:
+    """What the served model says of the studies; each result is kept under the hashes of voxels and model."""
+
+    def __init__(self, store: StudyStore, served: ServedDetector, jobs: Jobs) -> None:
+        self._store = store
+        self._served = served
+        self._jobs = jobs
+        self._folder = store.private / "detections"
+        self._turn = threading.Semaphore(1)
+
+    @property
+    def model(self) -> ModelIdentity:
+        """The model that is served now."""
+        return self._served.current().identity
+
+    def known(self, study: str) -> Detection | None:
+        """What the served model said of a study; None if it was not asked yet."""
+        facts = self._store.known_facts(study)
+        if facts is None or not facts.sha256:
+            return None
+        path = self._path(facts.sha256, self.model.sha256)
+        try:
+            return _read_detection(path, *_stamp(path))
+        except FileNotFoundError:
+            return None
+
+    def detect(self, study: str, job: str = "") -> tuple[Detection, Path | None]:
+        """The detection of a study and the file of its attention volume (None if refused), computed if need be.
+
+        Raises:
+            InputError: if the CT cannot be read.
+            Cancelled: if the job was cancelled.
+            Busy: if too many are waiting.
+        """
+        with self._jobs.job(job or uuid.uuid4().hex) as report, self._my_turn(report):
+            report(Progress("read the study", 0, 1))
+            volume = self._store.volume(study)
+            detector = self._served.current()
+            path = self._path(volume.sha256, detector.sha256)
+            attention = path.with_suffix(".nrrd")
+            if not path.is_file():
+                result = detector.detect(volume, report)
+                if result.attention is not None:
+                    write_volume(result.attention, attention)
+                write_durably(path, json.dumps(result.detection.to_json(), allow_nan=False))
+            detection = _read_detection(path, *_stamp(path))
+            return detection, attention if detection.status == "analysed" else None
+
+    @contextmanager
+    def _my_turn(self, report: ProgressCallback) -> Iterator[None]:
+        """One detection at a time; those that wait can be cancelled."""
+        while not self._turn.acquire(timeout=0.2):
+            report(Progress("wait for another detection", 0, 0))
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _path(self, image_sha256: str, model_sha256: str) -> Path:
+        return self._folder / f"{image_sha256[:32]}-{model_sha256[:32]}.json"
+
+
+class DetectionTask(InferTask):
+    """Infer ``detection``: the attention volume on its coarse grid, and the Detection's JSON."""
+
+    def __init__(self, store: StudyStore, detections: Detections) -> None:
+        super().__init__(
+            InferType.OTHERS, ["embolism"], 3, "Probability of pulmonary embolism, and where to look (attention)"
+        )
+        self.store = store
+        self.detections = detections
+
+    def is_valid(self) -> bool:
+        """Whether clients are offered it."""
+        return True
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
+        """A temporary file, which the caller removes, and the Detection's JSON."""
+        study = request["image"]
+        detection, attention = self.detections.detect(study, str(request.get("job") or ""))
+        volume = None if attention else self.store.volume(study)
+        with _result_file() as result:
+            self.write(result, study, attention, volume)
+        return str(result), detection.to_json()
+
+    def write(self, result: Path, study: str, attention: Path | None, volume: Volume | None) -> None:
+        """Write the file that goes to the client; of a refused study an empty map over the whole CT."""
+        if attention is not None:
+            shutil.copyfile(attention, result)
+        elif volume is not None:
+            corners = volume.affine @ np.diag([*(max(count - 1, 1) for count in volume.shape), 1])
+            write_volume(Volume(np.zeros((2, 2, 2), np.uint8), corners), result)
+
+
+class CandidatesTask(DetectionTask):
+    """Infer ``candidates``: where to look as a label map on the CT's grid, for the stock Slicer plugin and OHIF."""
+
+    def __init__(self, store: StudyStore, detections: Detections) -> None:
+        super().__init__(store, detections)
+        self.type = InferType.SEGMENTATION
+        self.labels = {"suspicious": 1}
+        self.description = "Places to look at for pulmonary embolism, as a label map; not an outline of the embolus"
+
+    def write(self, result: Path, study: str, attention: Path | None, volume: Volume | None) -> None:
+        """Voxels whose attention, weighted with the slab's probability, reaches the threshold of a candidate."""
+        volume = volume or self.store.volume(study)
+        voxels = np.zeros(volume.shape, np.uint8)
+        if attention is not None:
+            coarse = volume_from_image(sitk.ReadImage(str(attention)), "attention")
+            voxels = (resample_like(coarse, volume).voxels >= 255 * CANDIDATE_THRESHOLD).astype(np.uint8)
+        write_volume(volume.with_voxels(voxels), result)
+
+
+class BatchDetection(BatchInferTask):
+    """Batch inference that also runs without a GPU, where the stock one divides by zero; one study after another."""
+
+    def __call__(self, request: Mapping[str, Any], datastore: StudyStore, infer: Any) -> dict[str, Any]:
+        """Ask for the detection of many studies."""
+        one_device = {**request, "device": "cpu", "multi_gpu": False, "max_workers": 1}
+        result: dict[str, Any] = super().__call__(one_device, datastore, infer)
+        return result
+
+
+@contextmanager
+def _result_file() -> Iterator[Path]:
+    """A temporary file that stays only if the block ends well."""
+    handle, name = tempfile.mkstemp(suffix=".nrrd", prefix="pe-")
+    os.close(handle)
+    try:
+        yield Path(name)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@lru_cache(maxsize=4096)
+def _read_detection(path: Path, *_stamp: object) -> Detection:
+    return Detection.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
