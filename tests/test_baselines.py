@@ -9,8 +9,10 @@ from pe_app.baselines.penet import PENet, PENetConfig, penet_windows
 from pe_app.baselines.slab_pooling import maximum_of_slabs, mean_of_slabs
 from pe_app.volume import Volume, axial_affine
 
-SMALL_PENET = PENetConfig(slices=8, resize=48, crop=32, stride=8, width=16, groups=4, blocks=(1, 1, 2, 1))
-SMALL_CNN = CNN3DConfig(width=8, filters=4)
+SMALL_PENET = PENetConfig(
+    slices=8, resize=48, crop=32, stride=8, width=16, groups=4, blocks=(1, 1, 2, 1), final_survival=1.0
+)
+SMALL_CNN = CNN3DConfig(width=8, filters=4, dropout=0.0)
 
 
 def parameters(network: torch.nn.Module) -> int:
@@ -66,7 +68,6 @@ def test_a_network_learns_a_bright_ball_and_every_parameter_gets_a_gradient(make
     inputs[::2, 3:6, 10:20, 10:20] = 1
     truth = torch.tensor([1.0, 0.0, 1.0, 0.0])
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    network.eval()  # without stochastic depth, dropout and batch statistics: every parameter takes part
     loss = torch.nn.functional.binary_cross_entropy_with_logits(network(inputs), truth)
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
@@ -98,3 +99,12 @@ def test_slab_probabilities_are_pooled_by_mean_and_maximum():
         mean_of_slabs([0.1, 1.2])
     with pytest.raises(ValueError, match="from 0 to 1"):
         maximum_of_slabs([])
+
+
+def test_stochastic_depth_leaves_out_bottlenecks_in_training_only():
+    torch.manual_seed(0)
+    network = PENet(PENetConfig(slices=8, crop=32, width=16, groups=4, blocks=(2, 2), final_survival=0.0))
+    window = torch.rand(1, 8, 32, 32)
+    assert len({round(network(window).item(), 5) for _ in range(12)}) > 1
+    network.eval()
+    assert network(window) == network(window)
