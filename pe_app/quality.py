@@ -13,6 +13,8 @@ from pe_app.volume import Volume
 
 UNEVEN_HU = 60.0
 """Noise of a low-dose CT between neighbours after smoothing; the shell and the marrow of a bone differ by more."""
+MEDIASTINUM_MM = 120.0
+"""Width of heart and great vessels round the middle of the body."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def blood_hu(volume: Volume, lungs: Lungs, pool_ml: float) -> tuple[float, float
     smooth = ndimage.uniform_filter(hu, (1, 3, 3))
     darkest = ndimage.minimum_filter(smooth, (1, 3, 3))
     uneven = ndimage.maximum_filter(smooth, (1, 3, 3)) - darkest
-    counted = _between_the_lungs(lungs) & (darkest > 0) & (uneven < UNEVEN_HU + 0.15 * darkest)
+    counted = (
+        _mediastinum(hu, lungs, volume.spacing_mm[2] * step[2]) & (darkest > 0) & (uneven < UNEVEN_HU + 0.15 * darkest)
+    )
     values, slices = darkest[counted], np.nonzero(counted)[0] * step[0]
     if values.size == 0:
         return float("nan"), float("nan")
@@ -107,19 +111,24 @@ def blood_hu(volume: Volume, lungs: Lungs, pool_ml: float) -> tuple[float, float
     return float(values[brightest].min()), float(volume.slice_z_mm[int(np.median(slices[brightest]))])
 
 
-def _between_the_lungs(lungs: Lungs) -> NDArray[np.bool_]:
-    """Heart and great vessels: between lung and lung in every row, without the spine, the apices and the bases."""
-    mask = lungs.mask
-    right_of = np.logical_or.accumulate(mask, axis=2)
-    left_of = np.logical_or.accumulate(mask[:, :, ::-1], axis=2)[:, :, ::-1]
-    between: NDArray[np.bool_] = right_of & left_of & ~mask
+def _mediastinum(hu: NDArray[np.float32], lungs: Lungs, pixel_mm: float) -> NDArray[np.bool_]:
+    """Heart and great vessels: the middle of the body as high as the lungs, without spine, apices and bases.
 
-    slices = np.flatnonzero(mask.any(axis=(1, 2)))
-    between[: slices[0] + int(0.2 * np.ptp(slices))] = False  # the liver's dome
-    between[slices[-1] - int(0.15 * np.ptp(slices)) :] = False  # veins of the arm, full of contrast
-    rows = np.flatnonzero(mask.any(axis=(0, 2)))
-    between[:, rows[0] + int(0.6 * np.ptp(rows)) :] = False  # the spine
-    return between
+    Found by the body's middle and not between both lungs, since one of them may be collapsed or absent.
+    """
+    slices, rows = (np.flatnonzero(lungs.mask.any(axis=axes)) for axes in ((1, 2), (0, 2)))
+    bottom = slices[0] + int(0.2 * np.ptp(slices))  # below is the liver's dome
+    top = slices[-1] - int(0.15 * np.ptp(slices))  # above are veins of the arm, full of contrast
+    back = rows[0] + int(0.6 * np.ptp(rows))  # behind is the spine
+    here = np.s_[bottom : top + 1, rows[0] : back + 1]
+
+    tissue_columns = np.count_nonzero(hu[here] > -300, axis=(0, 1))
+    middle = int(np.average(np.arange(hu.shape[2]), weights=tissue_columns + 1e-9))
+    half = round(MEDIASTINUM_MM / 2 / pixel_mm)
+    region = np.zeros(hu.shape, dtype=bool)
+    region[(*here, slice(max(0, middle - half), middle + half + 1))] = True
+    region &= ~lungs.mask
+    return region
 
 
 def _check_contrast(volume: Volume, lungs: Lungs, limits: QualityLimits) -> list[Reason]:
