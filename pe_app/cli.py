@@ -263,6 +263,20 @@ def phantom(
 
 
 @app.command()
+def serve(
+    studies: Annotated[Path, typer.Argument(help="Folder of .nrrd, .nii.gz or .nii studies; labels are kept in it.")],
+    host: Annotated[str, typer.Option(help="An address of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    model: Model = None,
+) -> None:
+    """The MONAI Label server for Slicer: detections, sparse annotations, active learning, training."""
+    import pe_monailabel  # noqa: F401 - puts the app's own modules on the path
+    from lib.server import serve as serve_studies
+
+    serve_studies(studies, host, port, model)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the two studies and their pages.")] = Path("demo"),
     model: Model = None,
