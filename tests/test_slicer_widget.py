@@ -566,6 +566,11 @@ def test_an_accepted_candidate_is_a_region_to_correct_and_a_rejected_one_is_reme
     assert desk.panel.session.state(CLOT_SLICE) == "embolism"
     assert (desk.panel.nodes.masks()[CLOT_SLICE] & clot()).sum() > 0.8 * clot().sum()
     assert list(desk.panel.nodes.masks()) == [CLOT_SLICE]
+    region = desk.panel.nodes.masks()[CLOT_SLICE]
+    desk.ui.undoButton.click()
+    assert desk.panel.nodes.masks() == {}
+    desk.ui.acceptButton.click()
+    assert np.array_equal(desk.panel.nodes.masks()[CLOT_SLICE], region)
     table.selectRow(1)
     desk.ui.rejectButton.click()
     assert [table.item(row, 5).text() for row in (0, 1)] == ["accepted", "rejected"]
@@ -665,3 +670,78 @@ def test_a_large_ct_is_read_without_a_request_or_a_file_on_the_main_thread(desk,
 def test_the_self_test_runs_that_slicer_would_run(desk, monkeypatch):
     monkeypatch.delenv("PE_SERVER", raising=False)
     desk.app.module.PulmonaryEmbolismTest().runTest()
+
+
+@pytest.mark.skipif("PE_SCREENSHOTS" not in os.environ, reason="PE_SCREENSHOTS names no folder for pictures")
+def test_pictures_of_a_simulated_study_with_a_made_up_detection(desk):
+    from pe_app.annotation import slice_schedule
+    from pe_app.phantom import PhantomConfig, make_phantom
+
+    phantom = make_phantom(np.random.default_rng(4), PhantomConfig(matrix=384, spacing_mm=2.5), positive=True)
+    volume, emboli = phantom.volume, phantom.emboli_mask.voxels > 0
+    areas = emboli.sum((1, 2))
+    middle = int(areas.argmax())
+    blocks = tuple(np.array(volume.shape) // np.array((1, 24, 24)))
+    cells = emboli.reshape(volume.shape[0], 24, blocks[1], 24, blocks[2]).mean((2, 4))
+    z = np.arange(len(areas))
+    glow = sum(cells[j] * np.exp(-(((z - j) / 4.0) ** 2))[:, None, None] for j in np.flatnonzero(areas))
+    glow = np.maximum.reduce([glow, *(0.5 * np.roll(glow, n, axis) for axis in (1, 2) for n in (-1, 1))])
+    step = np.diag([1.0, *blocks[1:], 1.0])
+    step[1:3, 3] = [(n - 1) / 2 for n in blocks[1:]]
+    attention = nrrd_bytes(np.round(255 * glow / glow.max()).astype(np.uint8), volume.affine @ step)
+
+    strength = np.convolve(areas, np.hanning(15), "same")
+    slabs = np.linspace(8, len(areas) - 9, 50).round().astype(int)
+    wobble = 0.05 + 0.06 * np.random.default_rng(0).random(50)
+    probability = np.clip(wobble + 0.86 * strength[slabs] / strength.max(), 0, 0.97)
+    row, column = np.argwhere(emboli[middle]).mean(0)
+    centre = volume.to_lps_mm((middle, row, column)).tolist()
+    other = volume.to_lps_mm((middle // 2, row * 0.9, volume.shape[2] - column)).tolist()
+    said = {
+        "status": "analysed", "probability": 0.88, "threshold": 0.62,
+        "reasons": [{"message": "trained on phantoms only, has never seen a real embolism"}],
+        "evidence": [{"slice_index": int(k), "z_mm": 0, "probability": float(p)}
+                     for k, p in zip(slabs, probability, strict=True)],
+        "candidates": [
+            {"rank": 1, "slice_index": middle, "z_mm": centre[2], "centre_lps_mm": centre, "extent_mm": [36, 30, 22],
+             "peak": 0.94, "slab_probability": float(probability.max())},
+            {"rank": 2, "slice_index": middle // 2, "z_mm": other[2], "centre_lps_mm": other, "extent_mm": [16, 14, 8],
+             "peak": 0.31, "slab_probability": 0.11},
+        ],
+    }  # fmt: skip
+    for number in range(1, 6):
+        study = f"phantom-{number:04d}"
+        path = desk.folder / f"{study}.nrrd"
+        path.write_bytes(nrrd_bytes(volume.voxels, volume.affine) if number == 1 else b"")
+        schedule = [(int(k), float(volume.slice_z_mm[k]), "schedule") for k in slice_schedule(volume)]
+        if middle not in [k for k, *_ in schedule]:
+            schedule = sorted([*schedule, (middle, float(volume.slice_z_mm[middle]), "suspicious")])
+        desk.server.add_study(study, path, volume.shape, volume.spacing_mm, schedule, attention, said)
+    for study, row in (("phantom-0002", {"label": "negative", "probability": 0.12, "model": "1.0"}),
+                       ("phantom-0003", {"held_by": "Bo", "probability": 0.57, "model": "1.0"}),
+                       ("phantom-0004", {"usable": False, "reason": "no contrast"}),
+                       ("phantom-0005", {"label": "positive", "probability": 0.93, "model": "1.0"})):  # fmt: skip
+        desk.server.studies[study]["row"].update(row)
+    del desk.server.studies["study-1"], desk.server.studies["study-2"]
+    view = desk.app.headless.view(size=(640, 640))
+    desk.connect()
+    desk.shot("worklist", 420)
+    desk.open("phantom-0001")
+    detect(desk)
+    desk.ui.positiveButton.click()
+    desk.panel.jump(desk.panel.session.next_open(-1))
+    for _ in range(7):
+        desk.key(Key.Key_E)
+    desk.key(Key.Key_U)
+    desk.paint(middle, emboli[middle])
+    desk.ui.candidatesTable.selectRow(0)
+    desk.panel._go_to_candidate()
+    desk.panel.session.decide(desk.panel.detection.candidates[0], "accepted", desk.panel.detection.model.sha256)
+    desk.panel._show_candidates()
+    desk.ui.saveButton.click()
+    desk.idle()
+    view.node.SetFieldOfView(*(0.62 * n for n in view.node.GetFieldOfView()[:2]), 1)
+    view.node.SetXYZOrigin(0, 0, 0)
+    desk.shot("review", 1060)
+    desk.key(Key.Key_O)
+    desk.shot("overlay", 1060)

@@ -91,7 +91,7 @@ def attention(clot: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def detection(clot: np.ndarray, affine: np.ndarray) -> dict:
-    """What a model could say of that chest, schema pe-detection/1."""
+    """What a model could say of that chest, schema pe-detection/1. Made up: no model spoke."""
     z = affine[2, 0] * np.arange(SHAPE[0]) + affine[2, 3]
     slabs = np.linspace(3, SHAPE[0] - 4, 40)
     probability = (

@@ -141,7 +141,7 @@ class EvidenceCurve(_Axis):
             for i, slab in enumerate(self.evidence):
                 x, y = self.place(slab.slice_index), self.level(slab.probability)
                 path.moveTo(x, y) if i == 0 else path.lineTo(x, y)
-            painter.setPen(qt.QPen(self.ink(230), 1.6))
+            painter.setPen(_pen(self.ink(230)))
             painter.drawPath(path)
             painter.setRenderHint(qt.QPainter.Antialiasing, False)
             for candidate in self.candidates:
@@ -149,7 +149,7 @@ class EvidenceCurve(_Axis):
                 colour = STATE_COLOURS["embolism"] if decision != "rejected" else STATE_COLOURS[""]
                 x, y = self.place(candidate.slice_index), self._height(candidate.slice_index)
                 painter.setPen(qt.QColor(colour))
-                painter.drawText(x - 3, max(y - 5, 12), str(candidate.rank))
+                painter.drawText(x + 4, max(y - 2, 14), str(candidate.rank))
         self.ends(painter, 128, "embolism probability by slab")
         painter.end()
 
@@ -157,6 +157,13 @@ class EvidenceCurve(_Axis):
         """Pixel of the curve at a slice."""
         nearest = min(self.evidence, key=lambda slab: abs(slab.slice_index - k))
         return self.level(nearest.probability)
+
+
+def _pen(colour):
+    """A line that is easy to follow."""
+    pen = qt.QPen(colour)
+    pen.setWidthF(1.6)
+    return pen
 
 
 class TrainingCurves(qt.QWidget):
@@ -193,7 +200,7 @@ class TrainingCurves(qt.QWidget):
                 x = left + (right - left) * epoch / last
                 y = 100 - 88 * ((value - low) / (high - low) if high > low else 0.5)
                 path.moveTo(x, y) if i == 0 else path.lineTo(x, y)
-            painter.setPen(qt.QPen(colour, 1.6))
+            painter.setPen(_pen(colour))
             painter.drawPath(path)
             painter.drawText(right + 12, 16 + 16 * row, f"{name.replace('_', ' ')}  {values[-1]:.3f}")
         if names:

@@ -307,13 +307,18 @@ class ReviewSession:
         self._changed()
         return True
 
+    def paint(self, k: int, mask: np.ndarray) -> None:
+        """Paint that comes by a button, not by the brush: ``undo`` takes it back."""
+        self._remember(k)
+        self.set_mask(k, mask)
+
     def set_masks(self, masks: Masks) -> List[int]:
         """All paint there is, as the scene holds it; the slices that changed."""
         nothing = np.zeros(self.shape[1:], bool)
         return [k for k in sorted({*masks, *self.masks}) if self.set_mask(k, masks.get(k, nothing))]
 
     def undo(self) -> Optional[int]:
-        """Take back the last mark; the slice it was on, None if there is nothing to take back."""
+        """Take back the last decision; the slice it was on, None if there is nothing to take back."""
         if not self._undo:
             return None
         k, mark, mask = self._undo.pop()

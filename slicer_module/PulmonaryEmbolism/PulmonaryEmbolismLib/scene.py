@@ -22,6 +22,9 @@ EMBOLISM = "embolism"
 GUARD = "_guard"
 PROPOSAL = "proposal"
 
+BINARY_LABELMAP = "Binary labelmap"
+"""Slicer's name of a segment's voxels; the function that returns it was renamed between 5.8 and 5.10."""
+
 _COLOURS = {EMBOLISM: (0.95, 0.25, 0.2), GUARD: (0.5, 0.5, 0.5), PROPOSAL: (1.0, 0.85, 0.2)}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -200,8 +203,7 @@ class StudyScene:
         editor.SetOverwriteMode(slicer.vtkMRMLSegmentEditorNode.OverwriteNone)
 
     def _representation(self, segment: str):
-        name = slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName()
-        return self.segmentation.GetSegmentation().GetSegment(segment).GetRepresentation(name)
+        return self.segmentation.GetSegmentation().GetSegment(segment).GetRepresentation(BINARY_LABELMAP)
 
     def _guard_is_whole(self) -> bool:
         """Whether the guard is what it was set to: undo in the Segment Editor may have brought an older one back."""
@@ -248,8 +250,7 @@ class StudyScene:
             labelmap.AllocateScalars(vtk.VTK_UNSIGNED_CHAR, 1)
         node = self.segmentation.GetSegmentation().GetSegment(segment)
         node.SetLabelValue(1)
-        name = slicer.vtkSegmentationConverter.GetBinaryLabelmapRepresentationName()
-        node.AddRepresentation(name, labelmap)
+        node.AddRepresentation(BINARY_LABELMAP, labelmap)
         self.segmentation.Modified()
 
 

@@ -245,8 +245,7 @@ class Panel:
     def _key(self, handler: Callable[[], None]) -> None:
         """A key works unless somebody is typing."""
         focus = qt.QApplication.focusWidget()
-        typing = ("QLineEdit", "QTextEdit", "QPlainTextEdit", "QAbstractSpinBox")
-        if focus is None or not any(focus.inherits(kind) for kind in typing):
+        if not isinstance(focus, (qt.QLineEdit, qt.QTextEdit, qt.QPlainTextEdit, qt.QAbstractSpinBox)):
             handler()
 
     def _show_activity(self) -> None:
@@ -366,8 +365,9 @@ class Panel:
     def _row_words(self, row: Row) -> List[str]:
         reviewed = {"complete": _("complete"), "not_started": "—"}.get(row.state, f"{row.reviewed}/{row.scheduled}")
         probability = "" if row.probability is None else f"{row.probability:.2f}"
+        model = _("model {version}").format(version=row.model) if row.model else ""
         other = row.held_by if row.held_by != self.client.reader else ""
-        note = row.reason if not row.usable else _("read by {who}").format(who=other) if other else row.model
+        note = row.reason if not row.usable else _("read by {who}").format(who=other) if other else model
         return [row.study, reviewed, row.label, probability, note]
 
     def _selected_study(self) -> str:
@@ -633,7 +633,7 @@ class Panel:
         k, proposal = self._current(), self.nodes.proposal()
         if k in proposal:
             self._sync_paint()
-            self.session.set_mask(k, proposal.pop(k))
+            self.session.paint(k, proposal.pop(k))
             self._repaint(k)
             self.nodes.show_proposal(proposal)
             self._slice_moved()
@@ -890,7 +890,7 @@ class Panel:
         region = review.candidate_region(candidate, self.attention, self.session.shape, self.session.affine, hu)
         painted = self.session.masks.get(k)
         self.session.decide(candidate, "accepted", self.detection.model.sha256)
-        self.session.set_mask(k, region if painted is None else region | painted)
+        self.session.paint(k, region if painted is None else region | painted)
         self._repaint(k)
         self._slice_moved()
         self._show_candidates()
