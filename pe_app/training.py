@@ -37,7 +37,6 @@ from pe_app.datasets import (
     encoder_key,
     prepare_slabs,
     read_sources,
-    weights_sha256,
 )
 from pe_app.detector import Detector, ModelCard, TrainingRecord
 from pe_app.device import Precision, autocast, best_device
@@ -154,14 +153,14 @@ def train_encoder(
     encoder = start.encoder
     if imagenet is not None:
         encoder.load_imagenet(imagenet)
-    first_weights = weights_sha256(encoder)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     usable = [study for study in split(studies, settings) if _for_encoder(study) and study.split in SIDES]
     with TrainingRun(_run_folder(out, run_dir), "train encoder", settings.epochs, progress) as run:
         sources = read_sources(usable, progress=run.report)
         optimiser = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
-        identity = _identity(settings, start, sources, {"first weights": first_weights, "synthetic": str(synthetic)})
+        pretrained = hashlib.sha256(imagenet.read_bytes()).hexdigest() if imagenet else "none"
+        identity = _identity(settings, start, sources, {"imagenet": pretrained, "synthetic": str(synthetic)})
         run.resume(identity, encoder, optimiser)
         if not run.state.published:
             train, validation = (_prepared(sources, side, start.slabs, settings, run) for side in SIDES)
@@ -203,7 +202,7 @@ def train_classifier(
     Args:
         studies: the list, best the same as for stage I: then both stages hold out the same patients.
         encoder: file of a detector with a trained encoder.
-        out: the detector's file with both stages, written when the training is done; may be the same as ``encoder``.
+        out: the detector's file with both stages, written when the training is done.
         settings: of the training.
         network: shape of the classifier; by default as in the encoder's file.
         synthetic: recorded in the model card: every embolism was simulated or painted.

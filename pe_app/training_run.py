@@ -159,6 +159,8 @@ class TrainingRun:
         optimiser.load_state_dict(saved["optimiser"])
         self.state = replace(state, history=tuple(state.history))
         self._begin -= state.seconds
+        if not state.published:
+            self._show()  # the last epoch may have been kept, but not shown any more
 
     def finish_epoch(self, network: nn.Module, optimiser: torch.optim.Optimizer, metrics: Metrics) -> None:
         """Keep what an epoch has learned; from here on it is not repeated."""
@@ -169,7 +171,7 @@ class TrainingRun:
             best_weights = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
         self.state = RunState(history, best_epoch, best_weights, time.perf_counter() - self._begin)
         self._save(network, optimiser)
-        self._show(metrics)
+        self._show()
 
     def publish(self, record: str, network: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         """Keep the record of a finished training, so that the same call returns the same model."""
@@ -200,15 +202,15 @@ class TrainingRun:
         with replacing(self.folder / "checkpoint.pt") as temporary:
             torch.save(content, temporary)
 
-    def _show(self, metrics: Metrics) -> None:
+    def _show(self) -> None:
         write_durably(self.folder / "metrics.csv", metrics_csv(self.state.history))
         with replacing(self.folder / "curves.png") as temporary:
             draw_curves(self.state.history, self.state.best_epoch, self.task).savefig(temporary, dpi=150)
-        self._log_scalars(metrics)
+        self._log_scalars(self.state.history[-1])
         self._write_status("running", self._last.text)
 
     def _log_scalars(self, metrics: Metrics) -> None:
-        """One epoch for TensorBoard; one that was done twice (killed in between) replaces the former."""
+        """One epoch for TensorBoard; one that is logged again after an interruption replaces the former."""
         epoch = int(metrics["epoch"])
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it

@@ -217,6 +217,21 @@ def test_slabs_of_a_former_ct_or_annotation_or_setting_are_not_used(studies, tmp
     assert not first & {file.path for file in prepared(own, cache, config=replace(SLABS, hu_window=(-500, 500))).files}
 
 
+def test_a_folder_of_files_is_known_by_all_of_its_bytes(tmp_path):
+    folder = tmp_path / "series"
+    (folder / "part").mkdir(parents=True)
+    (folder / "a.dcm").write_bytes(b"first")
+    (folder / "part" / "b.dcm").write_bytes(b"second")
+    study = Study("study", folder)
+    known = {read_sources([study])[0].files_sha256}
+    assert {read_sources([study])[0].files_sha256} == known
+    (folder / "part" / "b.dcm").write_bytes(b"Second")
+    known |= {read_sources([study])[0].files_sha256}
+    (folder / "c.dcm").write_bytes(b"")
+    known |= {read_sources([study])[0].files_sha256}
+    assert len(known) == 3
+
+
 def test_preparing_goes_on_where_it_was_stopped_and_keeps_whole_files_only(studies, tmp_path):
     def stop(progress: Progress) -> None:
         if progress.done == 3:

@@ -20,6 +20,7 @@ from small_studies import CLASSIFIER, ENCODER, SLABS, small_studies
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from pe_app import training_run
 from pe_app.annotation import ReviewedSlice, SparseAnnotation
 from pe_app.datasets import SlabItem, prepare_slabs, read_sources
 from pe_app.detector import Detector
@@ -396,6 +397,26 @@ def test_a_killed_training_goes_on_bit_by_bit(studies, quick1, tmp_path):
     assert timeless(resumed.rows) == timeless(quick1.rows)
     record = resumed.detector.card.encoder
     assert record.seconds > sum(row["seconds"] for row in resumed.rows)
+
+
+def test_an_epoch_that_was_kept_but_not_shown_is_shown_when_the_run_goes_on(studies, quick1, tmp_path, monkeypatch):
+    out = tmp_path / "encoder.safetensors"
+    draw = training_run.draw_curves
+
+    def full_disk(history, best_epoch, title):
+        if len(history) == 2:
+            raise OSError("No space left on device")
+        return draw(history, best_epoch, title)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "draw_curves", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            encoder(studies, out)
+    resumed = Trained(encoder(studies, out), out, [])
+    assert timeless(resumed.rows) == timeless(quick1.rows)
+    assert same(resumed.detector.encoder, quick1.detector.encoder)
+    events = EventAccumulator(str(resumed.run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2]
 
 
 def test_a_checkpoint_loads_without_running_code_and_nothing_half_written_stays(stage1):
