@@ -69,8 +69,13 @@ class Leases:
         lease = self._held.get(study)
         return lease.reader if lease and lease.until > time.time() else ""
 
-    def take(self, study: str, reader: str) -> Lease:
+    def take(self, study: str, reader: str, *, alone: bool = False) -> Lease:
         """Hold a study from now on for half an hour; whoever holds it already, holds it longer.
+
+        Args:
+            study: the study.
+            reader: who reads it.
+            alone: whether the reader's other studies become free: a reader who asks for the next one has left them.
 
         Raises:
             Conflict: if somebody else holds it.
@@ -82,7 +87,8 @@ class Leases:
             if holder not in ("", reader):
                 raise Conflict(f"study {study} is being read by {holder}")
             lease = Lease(reader, time.time() + self._seconds)
-            self._keep({**self._held, study: lease})
+            others = {other: held for other, held in self._held.items() if not (alone and held.reader == reader)}
+            self._keep({**others, study: lease})
             return lease
 
     def prolong(self, study: str, reader: str) -> None:
@@ -218,7 +224,7 @@ class NextStudy(StrategyTask):
             if facts.reason:
                 continue
             try:
-                lease = self._worklist.leases.take(state.study, reader)
+                lease = self._worklist.leases.take(state.study, reader, alone=True)
             except Conflict:  # another reader asked at the same moment
                 continue
             slices = [

@@ -29,7 +29,7 @@ from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.progress import Cancelled, Progress, ProgressCallback
 from pe_app.volume import Volume
-from pe_app.volume_io import resample_like, volume_from_image, write_volume
+from pe_app.volume_io import image_from_volume, write_volume
 
 logger = logging.getLogger(__name__)
 
@@ -264,8 +264,9 @@ class CandidatesTask(DetectionTask):
         volume = volume or self.store.volume(study)
         voxels = np.zeros(volume.shape, np.uint8)
         if attention is not None:
-            coarse = volume_from_image(sitk.ReadImage(str(attention)), "attention")
-            voxels = (resample_like(coarse, volume).voxels >= 255 * CANDIDATE_THRESHOLD).astype(np.uint8)
+            coarse = sitk.ReadImage(str(attention), sitk.sitkFloat32)
+            fine = sitk.Resample(coarse, image_from_volume(volume), sitk.Transform(), sitk.sitkLinear, 0.0)
+            voxels = (sitk.GetArrayViewFromImage(fine) >= 255 * CANDIDATE_THRESHOLD).astype(np.uint8)
         write_volume(volume.with_voxels(voxels), result)
 
 

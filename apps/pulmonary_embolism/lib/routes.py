@@ -68,12 +68,13 @@ def infer(model: str, image: str = "", params: JsonText = "{}", output: Output =
 def save_label(image: str, label: UploadFile, params: JsonText = "{}", tag: str = "final") -> dict[str, Any]:
     """Save a label; with ``annotation`` in the params, a sparse annotation, whose tag the server decides."""
     info = _json(params)
+    tag = tag or "final"
     app = app_instance()
     store = app.datastore()
     with tempfile.TemporaryDirectory(prefix="pe-") as folder:
         file = _uploaded(label, Path(folder), "label")
         with store.lock:  # the answer tells of this save, not of one that follows it
-            label_id = store.save_label(image, str(file), tag or "final", info)
+            label_id = store.save_label(image, str(file), tag, info)
             meaning = app.on_save_label(image, label_id)
     if "annotation" in info and info.get("reader"):
         app.leases.prolong(image, str(info["reader"]))
