@@ -18,9 +18,11 @@ OPEN_AIR_HU = -930
 """Smoothed air outside the body stays below this, lung (even where the field of view cuts it) above."""
 GAS_HU = -945
 """A small region with a lower median is pure gas (trachea, stomach, bowel); parenchyma holds blood and tissue."""
+LARGE_REGION_MM2 = 2500.0
+"""A region of a slice above this is lung even where emphysema makes it as dark as gas; a trachea has 300."""
 GRID_MM = 2.7
 """Working grid in the slice: fine enough for an apex of 1 cm, coarse enough for a study in under a second."""
-STEP_MM = 2.0
+STEP_MM = 2.6
 """Slices are skipped while they stay closer than this."""
 LUNG_AREA_MM2 = 300.0
 """A slice contains lung from this area on; below it, it is the tip of an apex or recess, or a wrong voxel."""
@@ -138,10 +140,10 @@ def _lined_with_tissue(hu: NDArray[np.float32], air: NDArray[np.bool_], piece: N
 def _without_gas(hu: NDArray[np.float32], lung: NDArray[np.bool_], pixel_mm2: float) -> NDArray[np.bool_]:
     """Drop the trachea and gas that leaks into the lung's component: small regions of a slice that are pure gas."""
     labels, count = ndimage.label(lung, _IN_SLICE)
-    if count == 0:
-        return lung
-    sizes = np.bincount(labels.ravel())
-    medians = np.atleast_1d(ndimage.median(hu, labels, np.arange(count + 1)))
-    keep = (medians > GAS_HU) | (sizes * pixel_mm2 > 2500)
+    keep = np.bincount(labels.ravel(), minlength=count + 1) * pixel_mm2 > LARGE_REGION_MM2
     keep[0] = False
+    small = lung & ~keep[labels]
+    regions = np.unique(labels[small])
+    if regions.size:
+        keep[regions] = ndimage.median(hu[small], labels[small], regions) > GAS_HU
     return np.asarray(keep[labels])
