@@ -229,6 +229,14 @@ def test_next_study_is_the_one_that_the_server_wants(desk):
     desk.wait(lambda: desk.panel.session is not None and desk.panel.session.study == "study-2")
 
 
+def test_next_study_does_not_load_again_the_study_that_is_open(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.ui.followingButton.click()
+    desk.wait(lambda: "nothing else comes before it" in desk.ui.savedLabel.text)
+    assert desk.server.requests.count(("GET", "/pe/studies/study-1")) == 1
+
+
 def test_an_answer_for_a_study_no_longer_wanted_is_dropped(desk):
     desk.connect()
     desk.server.slow_seconds = 0.15

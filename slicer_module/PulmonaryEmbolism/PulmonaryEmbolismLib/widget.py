@@ -177,6 +177,8 @@ class Panel:
 
     def enter(self) -> None:
         """The module is shown: its keys work."""
+        if self._shortcuts:
+            return
         self.ui.editor.setupViewObservations()
         window = slicer.util.mainWindow()
         for key, handler in (
@@ -192,18 +194,22 @@ class Panel:
             shortcut.connect("activated()", functools.partial(self._key, handler))
             self._shortcuts.append(shortcut)
         self._observe(self._red_node(), "ModifiedEvent", self._slice_moved)
+        self._slice_moved()
 
     def exit(self) -> None:
         """The module is left: its keys and its brush do not stay behind."""
         self._sync_paint()
         self.ui.editor.setActiveEffect(None)
         self.ui.editor.removeViewObservations()
+        self._remove_keys()
+        self._unobserve(self._red_node())
+
+    def _remove_keys(self) -> None:
         for shortcut in self._shortcuts:
             shortcut.setEnabled(False)
             shortcut.setParent(None)
             shortcut.deleteLater()
         self._shortcuts = []
-        self._unobserve(self._red_node())
 
     def cleanup(self) -> None:
         """Slicer closes, or the module is reloaded: what is not sent stays in the drafts."""
@@ -212,6 +218,11 @@ class Panel:
         if self.session is not None and self.session.unsent:
             self.drafts.write(self.session.snapshot())
         self.close_study()
+        self._remove_keys()
+        for node, tag in self._observed:
+            node.RemoveObserver(tag)
+        self._observed = []
+        self.ui.editor.setMRMLSegmentEditorNode(None)
         slicer.mrmlScene.RemoveNode(self.editor_node)
 
     def scene_closed(self) -> None:
@@ -394,6 +405,9 @@ class Panel:
 
     def open_study(self, study: str) -> None:
         """Hold the study, then load it. What is open now is kept and sent."""
+        if self.session is not None and self.session.study == study:
+            self._say_saved(_("{study} is open; nothing else comes before it.").format(study=study))
+            return
         if self.session is not None and self.session.unsent:
             self.save()
         client = self.client
@@ -1039,6 +1053,8 @@ class Panel:
         ui.overlayButton.enabled = ui.opacitySlider.enabled = ui.thresholdSlider.enabled = self.attention is not None
         chosen = is_open and self._candidate() is not None
         ui.acceptButton.enabled = chosen and self.attention is not None
+        begin = _("Begin a region from the attention here, and correct it")
+        ui.acceptButton.toolTip = begin if self.attention is not None else _("Detect first: the region begins from it")
         ui.rejectButton.enabled = chosen
         ui.discardButton.enabled = self.nodes is not None and bool(self.nodes.proposal())
         ui.stopButton.enabled = self._training
