@@ -514,7 +514,7 @@ def test_the_interface_describes_itself(server):
 
 def test_a_server_that_was_killed_shows_everything_again_even_with_a_damaged_index(server):
     server.json("PUT", "/datastore/image/info?image=alpha", data={"info": '{"pe_label": "positive"}'})
-    server.json("POST", "/pe/studies/alpha/lease", json={"reader": "ann"})
+    server.json("POST", "/pe/studies/unenhanced/lease", json={"reader": "ann"})
     before = server.json("GET", "/pe/worklist")
     server.process.kill()
     server.process.wait()
@@ -523,6 +523,6 @@ def test_a_server_that_was_killed_shows_everything_again_even_with_a_damaged_ind
     server.start()
     assert server.json("GET", "/pe/worklist") == before
     assert row(server, "alpha")["label"] == "positive"
-    assert row(server, "alpha")["held_by"] == "ann"
+    assert row(server, "unenhanced")["held_by"] == "ann"
     assert any(row["state"] == "complete" for row in before["studies"])
     assert list(server.studies.glob("datastore_v2.json.damaged-*"))
