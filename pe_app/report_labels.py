@@ -15,7 +15,7 @@ import io
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -80,8 +80,8 @@ def label_report(text: str) -> ReportLabel:
         label, chosen, acuity = "uncertain", replace(chosen, sentence=unanswered), ""
     if label == "negative" and not acuity:
         acuity = next((m.acuity for m in readings["findings"].mentions if m.label == "negative" and m.acuity), "")
-    described = [m for r in (deciding, readings["findings"]) for m in r.mentions if m.is_described(label, acuity)]
-    ours = [m for m in described if m in deciding.mentions]
+    ours = {m.clause for m in deciding.mentions if m.is_described(label, acuity)}
+    described = ours | {m.clause for m in readings["findings"].mentions if m.is_described(label, acuity)}
     return ReportLabel(
         label=label,
         sentence=chosen.sentence,
@@ -257,6 +257,9 @@ _FUNCTION_WORDS = frozenset(
 )  # fmt: skip
 """A line that ends with one of these goes on in the next."""
 
+LONGEST = 1000
+"""Characters of a sentence; what goes on longer is no sentence, and is cut so that no text can take for ever."""
+
 _NEW_ITEM = re.compile(r"[-*•>#]|\(?\d{1,2}[.)]\s|\(?[a-zA-Z][.)]\s|[A-Za-z][A-Za-z /&-]{1,35}:")
 _GLUED = re.compile(r"\.(?<=[a-z)]{2}\.)(?=[A-Z][a-z])")
 _SENTENCE_END = re.compile(
@@ -274,7 +277,7 @@ def _sections(text: str) -> dict[str, list[str]]:
     kind, start = "body", 0
     for match in RULES.heading.finditer(text):
         found = str(match.lastgroup).split("_", 1)[1]
-        if found == "within" and kind not in ("ignored", "body", "preliminary"):
+        if found == "within" and (kind not in ("ignored", "body", "preliminary") or ":" not in match.group()):
             continue
         parts.append((kind, text[start : match.start()]))
         kind, start = ("findings", match.start()) if found == "within" else (found, match.end())
@@ -321,7 +324,8 @@ def _sentences(text: str) -> list[str]:
         elif line:
             items[-1] += " " + line
         previous = line
-    return [sentence for item in items for sentence in _split(item)]
+    sentences = [sentence for item in items for sentence in _split(item)]
+    return [s[start : start + LONGEST] for s in sentences for start in range(0, len(s), LONGEST)]
 
 
 def _goes_on(line: str) -> bool:
@@ -410,6 +414,8 @@ def _read(sentences: Sequence[str]) -> _Reading:
     named_before = False
     for sentence in sentences:
         plain = sentence.lower()
+        if mentions and mentions[-1].label == "positive" and _FIELD_OF_PLACE.match(plain):
+            mentions[-1] = replace(mentions[-1], clause=f"{mentions[-1].clause} {plain}")
         named = _may_name_embolism(plain)
         answer = _ANSWER.match(plain) if named_before else None
         if answer and (answer["none"] or asked):
@@ -448,6 +454,10 @@ def _read(sentences: Sequence[str]) -> _Reading:
     return _Reading(mentions, not_diagnostic, smaller_unseen, clear_chest)
 
 
+_FIELD_OF_PLACE = re.compile(
+    r"(?:most )?(?:proximal )?(?:location|level|extent|laterality|side|distribution)\b[^:.]{0,20}:"
+)
+"""A template's line on where the embolism of the line before lies."""
 _ANSWER = re.compile(r"(?:(?P<none>none\b)|(?:no|nil|negative|(?P<yes>yes|positive|present)) ?(?:[.,;:]|$))")
 """To "Is there PE?", or to "evaluated for PE."; only the second kind of question may be left without a mark."""
 
@@ -562,7 +572,7 @@ def _applies(modifier: re.Match[str], target: re.Match[str], targets: list[re.Ma
 
 def _judged(kinds: set[str], clause: str, sentence: str) -> _Mention | None:
     """One mention's label from the kinds of modifiers in its scope; None where it asserts nothing."""
-    if "present" in kinds:
+    if "present" in kinds and not ("chronic" in kinds and "acute" not in kinds):
         return _Mention("positive", "acute", sentence, clause)
     if "silent" in kinds and "resolved" not in kinds:
         return None
@@ -612,9 +622,9 @@ def _weigh(reading: _Reading) -> tuple[Verdict, _Mention, Acuity]:
 _LOBE_BRANCH = re.compile(r"branch(?:es)? (?:of|to|off|from) (?:the )?(?:\w+ ){1,4}lobe (?:pulmonary )?arter\w+")
 
 
-def _most_central(mentions: Sequence[_Mention]) -> Location:
+def _most_central(clauses: Set[str]) -> Location:
     for location, pattern in RULES.locations.items():
-        if any(pattern.search(_LOBE_BRANCH.sub("branch", mention.clause)) for mention in mentions):
+        if any(pattern.search(_LOBE_BRANCH.sub("branch", clause)) for clause in clauses):
             return location  # type: ignore[return-value]
     return ""
 
@@ -622,11 +632,11 @@ def _most_central(mentions: Sequence[_Mention]) -> Location:
 _OTHER_SIDED = r"(?:right|left|bilateral|both|bibasal)(?:[- ]sided)?(?: (?!PE|DEFECT|THROMBUS)[\w-]+){0,3} (?:"
 
 
-def _side_of(mentions: Sequence[_Mention]) -> Side:
+def _side_of(clauses: Set[str]) -> Side:
     found = set()
-    for mention in mentions:
-        clause = _SIDE_OF_OTHERS.sub("", mention.clause)
-        found |= {side for side, pattern in RULES.sides.items() if pattern.search(clause)}
+    for clause in clauses:
+        own = _SIDE_OF_OTHERS.sub("", clause)
+        found |= {side for side, pattern in RULES.sides.items() if pattern.search(own)}
     if "bilateral" in found or found >= {"right", "left"}:
         return "bilateral"
     return "right" if "right" in found else "left" if "left" in found else ""

@@ -20,7 +20,7 @@ REPORTS = list(csv.DictReader((DATA / "reports.csv").open(encoding="utf-8", newl
 def test_there_are_150_sentences_and_60_reports_a_third_of_them_held_out():
     assert len({row["sentence"] for row in SENTENCES}) >= 150
     assert len({row["report"] for row in REPORTS}) >= 60
-    assert sum(row["part"] == "held_out" for row in REPORTS) * 3 >= len(REPORTS) - 2
+    assert sum(row["part"] == "held_out" for row in REPORTS) * 3 >= len(REPORTS)
 
 
 @pytest.mark.parametrize("row", SENTENCES, ids=lambda row: row["sentence"][:60])
@@ -162,3 +162,12 @@ def test_a_thousand_reports_take_less_than_a_second_of_one_core():
     for text in texts:
         label_report(text)
     assert (time.process_time() - start) / len(texts) < 0.001
+
+
+@pytest.mark.parametrize(
+    "words", ["pe ", "no ", "is likely due to ", "limited study to ", "filling defect, ", "1. ", "a-"]
+)
+def test_no_text_takes_for_ever(words):
+    start = time.process_time()
+    label_report(words * 3000)
+    assert time.process_time() - start < 5
