@@ -123,6 +123,7 @@ def read_sources(
                 raise InputError(f"{study.path} cannot be read ({error.strerror}): correct the study list") from error
             reviewed = _annotation(study) if annotations else None
         sources.append(StudySource(study, files_sha256, reviewed))
+    progress(Progress("read the studies", len(studies), len(studies)))
     return tuple(sources)
 
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from pe_app.datasets import (
     AnnotatedSlabs,
@@ -42,23 +37,17 @@ from pe_app.detector import Detector, ModelCard, TrainingRecord
 from pe_app.device import Precision, autocast, best_device
 from pe_app.errors import InputError
 from pe_app.losses import AttentionLoss, attention_loss
-from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.progress import ProgressCallback, silent
 from pe_app.slab_encoder import EncoderConfig, SlabEncoder
 from pe_app.slabs import SlabConfig
 from pe_app.studies import Label, Split, Study, split_studies
 from pe_app.study_classifier import ClassifierConfig, StudyClassifier
-from pe_app.training_run import Metrics, TrainingRun, git_revision, utc_now
-
-logger = logging.getLogger(__name__)
+from pe_app.training_loop import Columns, derived_seed, fit
+from pe_app.training_run import TrainingRun, git_revision, utc_now
 
 SIDES: tuple[Split, ...] = ("train", "validation")
 LABELS: tuple[Label, ...] = ("negative", "positive")
 """Of stage II, in the order of their numbers."""
-
-Columns = dict[str, Tensor]
-"""What is known of every item of a batch or pass, ``(items,)`` each: losses, logit, label, ..."""
-
-Item = TypeVar("Item", SlabItem, StudyItem)
 
 
 @dataclass(frozen=True)
@@ -171,7 +160,7 @@ def train_encoder(
                     items = augmented(items, settings.augmentation, start.slabs, generator)
                 return score_slabs(encoder, items, settings)
 
-            _fit(run, encoder, optimiser, (train, validation), score, settings)
+            fit(run, encoder, optimiser, (train, validation), score, settings)
             files = (*train.files, *validation.files)
             used = {**_flat(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
             run.publish(_record(run, used, sources, files, device, synthetic=synthetic), encoder, optimiser)
@@ -240,7 +229,7 @@ def train_classifier(
             def score(items: StudyItem, _: torch.Generator | None) -> Columns:
                 return score_studies(classifier, items, settings)
 
-            _fit(run, classifier, optimiser, (train, validation), score, settings)
+            fit(run, classifier, optimiser, (train, validation), score, settings)
             record_json = _record(run, _flat(asdict(settings)), sources, files, device, synthetic=synthetic)
             run.publish(record_json, classifier, optimiser)
 
@@ -302,95 +291,6 @@ def score_studies(classifier: StudyClassifier, items: StudyItem, settings: Class
         logit = classifier(items.features.to(device, torch.float32, non_blocking=True))
     loss = F.binary_cross_entropy_with_logits(logit, labels.to(logit.dtype), reduction="none")
     return {"loss": loss, "logit": logit, "label": labels}
-
-
-def derived_seed(seed: int, *words: object) -> int:
-    """A seed for one purpose, as good as independent of those for others."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *words)).encode()).digest()[:7], "big")
-
-
-def _fit(
-    run: TrainingRun,
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    sides: tuple[Dataset[Item], Dataset[Item]],
-    score: Callable[[Item, torch.Generator | None], Columns],
-    settings: EncoderTraining | ClassifierTraining,
-) -> None:
-    """The epochs that are not done yet, each kept when it ends."""
-    device = next(network.parameters()).device
-    steps = [math.ceil(len(side) / settings.batch) for side in sides]  # type: ignore[arg-type]
-    total = settings.epochs * sum(steps)
-    for epoch in range(len(run.state.history) + 1, settings.epochs + 1):
-        begin = time.perf_counter()
-        done = (epoch - 1) * sum(steps)
-        columns: list[Columns] = []
-        generator = torch.Generator().manual_seed(derived_seed(settings.seed, "epoch", epoch))
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(derived_seed(settings.seed, "dropout", epoch))  # dropout knows no generator of its own
-            for side, training in zip(sides, (True, False), strict=True):
-                scored = []
-                for items in _batches(side, settings, device, generator if training else None):
-                    column = _step(network, optimiser, score, items, generator if training else None)
-                    scored.append(column)
-                    done += 1
-                    loss = float(column["loss"].mean())
-                    if not math.isfinite(loss):
-                        raise InputError(f"the loss in epoch {epoch} is {loss}: train anew with a lower learning rate")
-                    run.report(Progress(run.task, done, total, f"epoch {epoch} of {settings.epochs}, loss {loss:.3f}"))
-                columns.append({name: torch.cat([part[name] for part in scored]) for name in scored[0]})
-        metrics = {"epoch": epoch, **_summary(columns[0], ""), **_summary(columns[1], "validation_")}
-        run.finish_epoch(network, optimiser, {**metrics, "seconds": time.perf_counter() - begin})
-        logger.info("%s: epoch %d: %s", run.task, epoch, {name: f"{value:.4g}" for name, value in metrics.items()})
-
-
-def _batches(
-    side: Dataset[Item],
-    settings: EncoderTraining | ClassifierTraining,
-    device: torch.device,
-    shuffle: torch.Generator | None,
-) -> DataLoader[Item]:
-    """The batches of one pass, in random order where a generator is given."""
-    count = len(side)  # type: ignore[arg-type]
-    order = range(count) if shuffle is None else torch.randperm(count, generator=shuffle).tolist()
-    return DataLoader(
-        side,
-        settings.batch,
-        sampler=order,
-        num_workers=settings.workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own, or the loader would draw from the global one
-    )
-
-
-def _step(
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    score: Callable[[Item, torch.Generator | None], Columns],
-    items: Item,
-    generator: torch.Generator | None,
-) -> Columns:
-    """Learn from a batch, or without a generator only judge it."""
-    network.train(generator is not None)
-    with torch.set_grad_enabled(generator is not None):
-        columns = score(items, generator)
-    if generator is not None:
-        optimiser.zero_grad(set_to_none=True)
-        columns["loss"].mean().backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    return {name: column.detach().cpu() for name, column in columns.items()}
-
-
-def _summary(columns: Columns, prefix: str) -> Metrics:
-    """Means over one pass, the share decided rightly, and the AUC (not a number while one class is missing)."""
-    logit, label = columns["logit"].double(), columns["label"]
-    metrics = {
-        name: float(column.double().nanmean()) for name, column in columns.items() if name not in ("logit", "label")
-    }
-    metrics["accuracy"] = float(((logit > 0) == (label > 0)).double().mean())
-    both = 0 < int(label.sum()) < len(label)
-    metrics["auc"] = float(roc_auc_score(label.numpy(), logit.numpy())) if both else math.nan
-    return {prefix + name: value for name, value in metrics.items()}
 
 
 def _prepared(

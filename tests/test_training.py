@@ -32,12 +32,12 @@ from pe_app.studies import Study
 from pe_app.training import (
     ClassifierTraining,
     EncoderTraining,
-    derived_seed,
     score_slabs,
     split,
     train_classifier,
     train_encoder,
 )
+from pe_app.training_loop import derived_seed
 from pe_app.training_run import TrainingRun
 from pe_app.volume_io import read_volume
 
@@ -491,8 +491,8 @@ def test_two_trainings_in_one_folder_are_refused(studies, tmp_path):
         encoder(studies, tmp_path / "encoder.safetensors", run_dir=run)
 
 
-def test_the_seed_decides_everything(studies, quick1, tmp_path):
-    again = encoder(studies, tmp_path / "a.safetensors")
+def test_the_seed_decides_everything_and_the_workers_nothing(studies, quick1, tmp_path):
+    again = encoder(studies, tmp_path / "a.safetensors", replace(QUICK, workers=1))
     other = encoder(studies, tmp_path / "b.safetensors", replace(QUICK, seed=1, epochs=1))
     assert same(again.encoder, quick1.detector.encoder)
     assert not same(again.encoder, other.encoder)
