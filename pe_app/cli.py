@@ -262,6 +262,28 @@ def phantom(
     typer.echo(f"Study list: {study_list}. Volumes to serve: {out / 'volumes'}")
 
 
+@app.command("label-reports")
+def label_reports(
+    reports: Annotated[Path, typer.Argument(help="CSV with the columns study and report.")],
+    out: Annotated[Path, typer.Option(help="CSV of study, label, deciding sentence, location, side, acuity.")],
+    studies: Annotated[Path | None, typer.Option(help="Study list to fill in: labels that are there stay.")] = None,
+) -> None:
+    """Mine study labels from radiology reports: positive, negative or uncertain, with the sentence that decided."""
+    from pe_app.report_labels import label_reports as write_labels
+    from pe_app.report_labels import label_studies, read_labels
+    from pe_app.studies import read_studies, write_studies
+
+    with progress_bars() as progress:
+        counts = write_labels(reports, out, progress)
+    typer.echo(", ".join(f"{count} {label}" for label, count in counts.items()) + f": {out}")
+    if studies:
+        known = read_studies(studies)
+        labelled = label_studies(known, read_labels(out))
+        write_studies(labelled, studies)
+        gained = sum(new.label != old.label for new, old in zip(labelled, known, strict=True))
+        typer.echo(f"{gained} of {len(known)} studies of {studies} got a label")
+
+
 @app.command()
 def serve(
     studies: Annotated[Path, typer.Argument(help="Folder of .nrrd, .nii.gz or .nii studies; labels are kept in it.")],
