@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - its own documentation calls it so
+import SimpleITK as sitk
 
 from pe_app.dicom_series import SPACING_RANGE_MM, is_dicom, last_line, millimetres, read_dicom_folder
 from pe_app.dicom_series import check_uniform_spacing as check_uniform_spacing
@@ -131,11 +132,8 @@ def volume_from_image(image: sitk.Image, name: str) -> Volume:
     low, high = SPACING_RANGE_MM
     if not np.isfinite(affine).all() or not ((low <= spacing) & (spacing <= high)).all():
         raise InputError(f"{name}: voxels of {millimetres(spacing)} mm cannot be; the header is wrong: export it again")
-    voxels = sitk.GetArrayFromImage(image)
-    if voxels.dtype.kind == "c":
-        raise InputError(f"{name}: holds complex numbers; a CT has a number of HU in every voxel")
     try:
-        return canonical_volume(voxels, affine, name)
+        return canonical_volume(sitk.GetArrayFromImage(image), affine, name)
     except ValueError as error:
         raise InputError(f"{error}; the header is wrong: export it again") from error
 
@@ -201,12 +199,17 @@ def _check_grid(size: tuple[int, ...], components: int, name: str) -> None:
 
 
 def _check_nifti(path: Path, header: dict[str, str]) -> None:
-    """Refuse a file with fewer bytes than its header promises (ITK fills them with zeros) or without a place."""
+    """Refuse a file without a place, with fewer bytes than its header promises, or with NaN: ITK reads both as 0."""
     if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
         raise InputError(f"{path.name}: has neither qform nor sform, so left and right are unknown: convert it again")
     voxels = int(np.prod([int(header[f"dim[{k}]"]) for k in (1, 2, 3)], dtype=np.int64))
-    expected = int(float(header["vox_offset"])) + voxels * int(header["bitpix"]) // 8
-    _check_length(path, 0, expected, compressed=path.name.lower().endswith(".gz"))
+    start, width = int(float(header["vox_offset"])), int(header["bitpix"]) // 8
+    compressed = path.name.lower().endswith(".gz")
+    with gzip.open(path) if compressed else path.open("rb") as stream:
+        order = "<" if int.from_bytes(stream.read(4), "little") in (348, 540) else ">"
+        stream.read(max(0, start - 4))
+        is_float = int(header["datatype"]) in (16, 64)
+        _check_data(stream, voxels * width, np.dtype(f"{order}f{width}") if is_float else None, path.name)
 
 
 def _check_nifti_place(image: sitk.Image, name: str) -> None:
@@ -246,8 +249,10 @@ def _check_nrrd(path: Path) -> None:
         sizes = [int(size) for size in fields.get("sizes", "").split()]
         if width is None or not sizes or min(sizes) < 1:
             raise InputError(f"{path.name}: type {fields.get('type')!r} or sizes {sizes} are no image's")
-        expected = int(np.prod(sizes, dtype=np.float64)) * width
-        _check_length(path, end, expected, compressed=encoding != "raw")
+        with path.open("rb") as file:
+            file.seek(end)
+            stream = file if encoding == "raw" else gzip.GzipFile(fileobj=file)
+            _check_data(stream, int(np.prod(sizes, dtype=np.float64)) * width, None, path.name)
 
 
 _NRRD_BYTES = {
@@ -261,19 +266,17 @@ _NRRD_BYTES = {
 }
 
 
-def _check_length(path: Path, start: int, expected: int, *, compressed: bool) -> None:
-    """Refuse data that end early, or whose checksum is wrong: ITK reads a cut .nii.gz as zeros without a word."""
-    with path.open("rb") as file:
-        file.seek(start)
-        if compressed:
-            present = 0
-            with gzip.GzipFile(fileobj=file) as stream:  # raises on a wrong checksum or early end
-                while present <= expected and (chunk := stream.read(1 << 20)):
-                    present += len(chunk)
-        else:
-            present = path.stat().st_size - start
+def _check_data(stream: BufferedIOBase, expected: int, floats: np.dtype[np.generic] | None, name: str) -> None:
+    """Read ``expected`` bytes and one more, so that a compressed stream checks its sum; floats are to be finite."""
+    present = 0
+    while present <= expected and (chunk := stream.read(1 << 20)):
+        present += len(chunk)
+        if floats is not None:
+            whole = len(chunk) - len(chunk) % floats.itemsize
+            if not np.isfinite(np.frombuffer(chunk[:whole], floats)).all():
+                raise InputError(f"{name}: holds NaN or infinite values; a CT has a number of HU in every voxel")
     if present < expected:
-        raise InputError(f"{path.name}: cut off, {present} of {expected} bytes are there: copy or export it again")
+        raise InputError(f"{name}: cut off, {present} of {expected} bytes are there: copy or export it again")
 
 
 def _suffix(path: Path) -> str:
