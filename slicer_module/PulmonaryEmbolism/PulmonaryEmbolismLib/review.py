@@ -159,7 +159,7 @@ class Drafts:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = path.with_name(path.name + ".part")
         with open(temporary, "w", encoding="utf-8") as out:
-            json.dump(draft.to_json(), out)
+            out.write(json.dumps(draft.to_json()))
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, path)

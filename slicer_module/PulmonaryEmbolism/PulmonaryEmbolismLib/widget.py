@@ -1107,16 +1107,20 @@ def _trim(cache: Path, keep: int) -> None:
         path.unlink()
 
 
-def _fill(table, rows: Sequence[Sequence[str]], right: Sequence[int] = (), colours: tuple = (0, ())) -> None:
-    """Show rows of texts; ``colours`` is a column and a colour, or None, for each row."""
-    column_coloured, colour_of = colours
+def _fill(table, rows: Sequence[Sequence[str]], right: Sequence[int] = (), colours: tuple = (-1, ())) -> None:
+    """Show rows of texts, changing only what differs; ``colours`` is a column and a colour or None for each row."""
+    coloured, colour_of = colours
     table.setRowCount(len(rows))
     for r, words in enumerate(rows):
         for c, word in enumerate(words):
-            item = qt.QTableWidgetItem(word)
-            if c in right:
-                item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
-            if c == column_coloured and r < len(colour_of) and colour_of[r]:
-                item.setForeground(qt.QBrush(qt.QColor(colour_of[r])))
-            item.setToolTip(word)
-            table.setItem(r, c, item)
+            item = table.item(r, c)
+            if item is None:
+                item = qt.QTableWidgetItem()
+                if c in right:
+                    item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
+                table.setItem(r, c, item)
+            if item.text() != word:
+                item.setText(word)
+                item.setToolTip(word)
+                if c == coloured:
+                    item.setForeground(qt.QBrush(qt.QColor(colour_of[r])) if colour_of[r] else qt.QBrush())
