@@ -36,6 +36,9 @@ from pe_app.study_classifier import ClassifierConfig, StudyClassifier
 from pe_app.volume import Volume
 
 FORMAT = "pe-detector/1"
+METADATA = "detector"
+"""The entry of the file's metadata that holds all settings and the card, as JSON."""
+
 THRESHOLD = 0.5
 """A study is positive from this probability on (section 2.3 of the paper)."""
 
@@ -325,14 +328,16 @@ class Detector:
                 kept = value.detach().cpu().contiguous()
                 is_matrix = kept.is_floating_point() and kept.ndim > 1
                 weights[f"{stage}.{name}"] = kept.half() if half and is_matrix else kept
-        metadata = {
+        settings = {
             "format": FORMAT,
             "program": f"pe-app {pe_app.__version__}",
-            "slabs": json.dumps(asdict(self.slabs)),
-            "encoder": json.dumps(asdict(self.encoder.config)),
-            "classifier": json.dumps(asdict(self.classifier.config)),
-            "card": json.dumps(asdict(self.card)),
+            "slabs": asdict(self.slabs),
+            "encoder": asdict(self.encoder.config),
+            "classifier": asdict(self.classifier.config),
+            "card": asdict(self.card),
         }
+        # one entry: safetensors writes several in random order, and the same detector must be the same bytes
+        metadata = {METADATA: json.dumps(settings)}
         return safetensors.torch.save(weights, metadata)
 
 
@@ -356,22 +361,24 @@ def _evidence(slabs: Slabs, raw: NDArray[np.float32], slab_probability: NDArray[
 
 def _from_metadata(path: Path, metadata: Mapping[str, str]) -> Detector:
     """Networks of the file's own dimensions, without memory for weights yet: a lying header costs nothing."""
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format")
-        raise InputError(f"model {path}: format {found!r}, expected {FORMAT}: not a model of this program")
     try:
-        slab_settings = json.loads(metadata["slabs"])
-        slab_settings["hu_window"] = tuple(slab_settings["hu_window"])
-        card = json.loads(metadata["card"])
+        settings = json.loads(metadata.get(METADATA, "{}"))
+        found = settings.get("format")
+        if found != FORMAT:
+            raise InputError(f"model {path}: format {found!r}, expected {FORMAT}: not a model of this program")
+        slabs, card = settings["slabs"], settings["card"]
+        slabs["hu_window"] = tuple(slabs["hu_window"])
         for stage in ("encoder", "classifier"):
             card[stage] = TrainingRecord.from_json(card[stage]) if card[stage] else None
         with torch.device("meta"):
             return Detector(
-                SlabEncoder(EncoderConfig(**json.loads(metadata["encoder"]))),
-                StudyClassifier(ClassifierConfig(**json.loads(metadata["classifier"]))),
-                SlabConfig(**slab_settings),
+                SlabEncoder(EncoderConfig(**settings["encoder"])),
+                StudyClassifier(ClassifierConfig(**settings["classifier"])),
+                SlabConfig(**slabs),
                 ModelCard(**card),
             )
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"model {path}: its settings cannot be used ({error}): export it again") from error
 

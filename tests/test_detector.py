@@ -132,33 +132,38 @@ def test_half_precision_halves_the_file_and_hardly_moves_the_probability(detecto
     )
 
 
-def rewritten(path, metadata=None, weights=None):
-    content = path.read_bytes()
-    tensors = safetensors.torch.load(content)
+def rewritten(path, settings=None, weights=None):
+    """The model's file with some of its settings or weights replaced."""
+    tensors = safetensors.torch.load(path.read_bytes())
     with safetensors.safe_open(path, "pt") as file:
-        kept = file.metadata()
+        kept = json.loads(file.metadata()["detector"])
     changed = path.with_name("changed.safetensors")
-    safetensors.torch.save_file({**tensors, **(weights or {})}, changed, {**kept, **(metadata or {})})
+    metadata = {"detector": json.dumps({**kept, **(settings or {})})}
+    safetensors.torch.save_file({**tensors, **(weights or {})}, changed, metadata)
     return changed
 
 
 @pytest.mark.parametrize(
-    ("metadata", "message"),
+    ("settings", "message"),
     [
         ({"format": "other"}, "not a model of this program"),
-        ({"encoder": json.dumps({"slices_per_slab": 5, "width": 100000})}, "its settings say"),
+        ({"encoder": {"slices_per_slab": 5, "width": 100000}}, "its settings say"),
         ({"slabs": "{"}, "settings cannot be used"),
-        ({"slabs": json.dumps({"crop": 7})}, "settings cannot be used"),
-        (
-            {"card": json.dumps({"name": "x", "version": "1", "encoder": {"studies": 3}, "classifier": None})},
-            "settings",
-        ),
+        ({"slabs": {"crop": 7}}, "settings cannot be used"),
+        ({"card": {"name": "x", "version": "1", "encoder": {"studies": 3}, "classifier": None}}, "settings"),
     ],
 )
-def test_a_lying_header_is_refused_with_a_sentence_and_takes_no_memory(detector, tmp_path, metadata, message):
+def test_a_lying_header_is_refused_with_a_sentence_and_takes_no_memory(detector, tmp_path, settings, message):
     detector.save(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=message):
-        Detector.load(rewritten(tmp_path / "model.safetensors", metadata))
+        Detector.load(rewritten(tmp_path / "model.safetensors", settings))
+
+
+def test_the_same_detector_is_the_same_bytes_every_time(detector, tmp_path):
+    files = [tmp_path / f"{number}.safetensors" for number in range(4)]
+    for file in files:
+        detector.save(file)
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_weights_that_are_not_finite_are_refused(detector, tmp_path):
