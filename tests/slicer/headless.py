@@ -6,12 +6,19 @@ Stands on the PyPI package ``slicer-core``, which holds Slicer's own MRML librar
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import importlib
 import os
 import types
 from pathlib import Path
 
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_THREADER", "Platform")
+
+# torch's compiler and Mesa's software renderer both carry LLVM. Loaded after Mesa, triton would bind to Mesa's LLVM
+# and crash the process; so it goes first, where it is installed.
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton._C.libtriton")
 
 import slicer
 import vtk
