@@ -138,7 +138,7 @@ def test_an_image_is_fetched_once_and_kept_under_its_hash(server, client, tmp_pa
     assert first == again
     assert first.name == f"{sha}.nrrd"
     assert server.requests.count(("GET", "/datastore/image")) == 1
-    assert np.array_equal(read_image(first).voxels, chest()[0])
+    assert np.array_equal(read_image(first).voxels, chest(0)[0])
 
 
 def test_a_download_that_is_called_off_leaves_nothing_behind(client, tmp_path):

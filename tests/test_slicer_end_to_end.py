@@ -102,10 +102,10 @@ def test_the_real_server_is_recognised(client):
 
 def test_a_review_goes_from_draft_to_final_and_comes_back_voxel_for_voxel(client, tmp_path):
     _known, image, session = open_study(client, "study-1", tmp_path)
-    assert np.array_equal(image.voxels, chest()[0])
+    assert np.array_equal(image.voxels, chest(0)[0])
     spacing = np.diff(session.open_slices) * 5.0
     assert spacing.max() <= 15
-    clot = chest()[1]
+    clot = chest(0)[1]
     painted = min(session.open_slices, key=lambda k: abs(k - CLOT_SLICE))
     session.set_mask(painted, clot[CLOT_SLICE])
     first = next(k for k in session.open_slices)
@@ -193,7 +193,7 @@ def test_a_detection_names_its_model_and_lays_its_attention_over_the_ct(client, 
     assert any("train" in reason for reason in detection.reasons)
     attention = images.read_image(path)
     assert attention.voxels.dtype == np.uint8
-    hu, _clot, affine = chest()
+    hu, _clot, affine = chest(0)
     corners = np.array([[0, 0, 0], np.array(attention.voxels.shape) - 1])
     lps = corners @ attention.affine[:3, :3].T + attention.affine[:3, 3]
     index = (lps - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T

@@ -236,7 +236,7 @@ def test_a_slice_reviewed_as_none_is_never_bridged():
 
 
 def test_an_accepted_candidate_begins_where_attention_is_high_and_keeps_to_the_clot_range_when_asked():
-    hu, clot, affine = chest()
+    hu, clot, affine = chest(0)
     voxels, coarse = attention(clot, affine)
     centre = affine[:3, :3] @ np.argwhere(clot).mean(0) + affine[:3, 3]
     candidate = Candidate(1, 26, 0.0, tuple(centre), (48.0, 26.0, 20.0), 0.9, 0.9)

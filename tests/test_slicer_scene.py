@@ -28,7 +28,7 @@ def app():
 
 @pytest.fixture
 def study(app):
-    hu, _clot, affine = chest()
+    hu, _clot, affine = chest(0)
     editor = app.scene.AddNewNodeByClass("vtkMRMLSegmentEditorNode")
     study = StudyScene(app.scene, Image(hu, affine), "study 1", editor)
     study.show([app.view().node])
@@ -52,7 +52,7 @@ def brush(study, app, mask):
     dab = slicer.vtkOrientedImageData()
     dab.SetDimensions(*SHAPE[::-1])
     dab.AllocateScalars(vtk.VTK_UNSIGNED_CHAR, 1)
-    dab.SetImageToWorldMatrix(_ijk_to_ras(chest()[2]))
+    dab.SetImageToWorldMatrix(_ijk_to_ras(chest(0)[2]))
     numpy_support.vtk_to_numpy(dab.GetPointData().GetScalars())[:] = mask.astype(np.uint8).ravel()
     logic.UpdateReferenceGeometryImage()
     logic.ResetModifierLabelmapToDefault()
@@ -70,9 +70,9 @@ def test_a_view_goes_to_a_slice_and_says_where_it_is(study, app):
 def test_slicer_lays_the_ct_where_the_file_says(study):
     matrix = vtk.vtkMatrix4x4()
     study.volume.GetIJKToRASMatrix(matrix)
-    lps = chest()[2] @ (10, 20, 30, 1)
+    lps = chest(0)[2] @ (10, 20, 30, 1)
     assert matrix.MultiplyPoint((30, 20, 10, 1))[:3] == pytest.approx((-lps[0], -lps[1], lps[2]))
-    assert study.volume.GetImageData().GetScalarComponentAsDouble(30, 20, 10, 0) == chest()[0][10, 20, 30]
+    assert study.volume.GetImageData().GetScalarComponentAsDouble(30, 20, 10, 0) == chest(0)[0][10, 20, 30]
 
 
 def test_the_brush_paints_on_the_guarded_slice_only_and_leaves_the_guard_whole(study, app):
@@ -91,7 +91,7 @@ def test_off_the_list_the_brush_paints_nothing(study, app):
 
 
 def test_the_clot_range_keeps_paint_between_0_and_100_hu(study, app):
-    hu = chest()[0][CLOT_SLICE]
+    hu = chest(0)[0][CLOT_SLICE]
     study.guard(CLOT_SLICE)
     study.set_clot_range(True, 0, 100)
     brush(study, app, ball())
@@ -135,7 +135,7 @@ def test_paint_read_by_slicers_own_exporter_is_the_same(study, app):
 
 
 def test_the_overlay_glows_on_the_clot_when_asked_and_only_then(study, app):
-    _hu, clot, affine = chest()
+    _hu, clot, affine = chest(0)
     voxels, coarse = attention(clot, affine)
     study.jump(app.view().node, CLOT_SLICE)
     study.show_attention(Image(voxels, coarse))
@@ -153,7 +153,7 @@ def test_the_overlay_glows_on_the_clot_when_asked_and_only_then(study, app):
 
 
 def test_a_higher_threshold_shows_less(study, app):
-    _hu, clot, affine = chest()
+    _hu, clot, affine = chest(0)
     voxels, coarse = attention(clot, affine)
     study.jump(app.view().node, CLOT_SLICE)
     study.show_attention(Image(voxels, coarse))

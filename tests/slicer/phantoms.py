@@ -16,7 +16,7 @@ CLOT_SLICE = 26
 
 
 @functools.cache
-def chest(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def chest(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """HU (slice, row, column), mask of the clot, and (slice, row, column) -> LPS mm."""
     rng = np.random.default_rng(seed)
     z, y, x = (((np.arange(n) - (n - 1) / 2) * s) for n, s in zip(SHAPE, SPACING, strict=True))
