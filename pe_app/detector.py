@@ -140,10 +140,13 @@ class DetectionResult:
         detection: the numbers.
         attention: uint8 from 0 to 255 on the coarse grid (50 x 24 x 24): each slab's map divided by its maximum, times
             the slab's probability, so that a quiet slab stays dark [ours]; None when the study was refused.
+        maps: ``(slabs, grid, grid)`` float32, each slab's map divided by its maximum and by nothing else: what attention
+            is judged on; None when the study was refused or the detection came over the network.
     """
 
     detection: Detection
     attention: Volume | None
+    maps: NDArray[np.float32] | None = None
 
 
 @dataclass(eq=False)
@@ -282,7 +285,7 @@ class Detector:
             self.identity,
             seconds,
         )
-        return DetectionResult(detection, slabs.to_volume(weighted))
+        return DetectionResult(detection, slabs.to_volume(weighted), detection_maps)
 
     @torch.inference_mode()
     def encode(self, slabs: Slabs, progress: ProgressCallback = silent) -> tuple[Tensor, NDArray[np.float32]]:
