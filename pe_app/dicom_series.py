@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-import SimpleITK as sitk  # noqa: N813 - its own documentation calls it so
+import SimpleITK as sitk
 from numpy.typing import ArrayLike, NDArray
 from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian
 from scipy import ndimage
@@ -27,6 +27,8 @@ POSITION_TOLERANCE_MM = 0.1
 """Headers round positions to 0.1 mm and worse; a missing slice is off by a whole spacing."""
 TILT_DEGREES = 0.5
 """A tilt above this shears the volume by more than a pixel over a chest."""
+MAX_MATRIX = 4096
+"""Rows and columns beyond any CT's: a damaged header that would take all memory."""
 SPACING_RANGE_MM = (0.1, 30.0)
 """Outside it a header's spacing is a mistake (metres, micrometres, zero)."""
 
@@ -144,11 +146,14 @@ def _series_in(folder: Path) -> dict[str, list[_Slice]]:
     found: dict[str, list[_Slice]] = defaultdict(list)
     dicom = 0
     for path in files:
-        if path.stat().st_size and is_dicom(path):
+        if is_dicom(path):
             dicom += 1
             header = _read_header(path)
             if header is not None:
                 found[header.series].append(header)
+        elif path.suffix.lower() == ".dcm" and not path.name.startswith("."):  # a lost end slice leaves no gap
+            size = path.stat().st_size
+            raise InputError(f"{path.name}: its {size} bytes are not DICOM, it was cut off or damaged: export it again")
     if not found:
         what = f"none of the {dicom} DICOM files is an image" if dicom else f"none of the {len(files)} files is DICOM"
         raise InputError(f"{folder}: {what}; a study needs the folder with all slices of a series")
@@ -161,6 +166,8 @@ def _read_header(path: Path) -> _Slice | None:
         with path.open("rb") as file:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_TAGS, force=True)
         if "Rows" not in header or "Columns" not in header or "SeriesInstanceUID" not in header:
+            if header.get("SOPClassUID") == CTImageStorage:
+                raise ValueError("no rows, columns or series: it is cut off")
             return None
         return _Slice(
             path=path,
@@ -211,6 +218,8 @@ def _unsuitable(slices: list[_Slice]) -> str:
         return "it is a localizer"
     if any(one.colour for one in images):
         return "it holds colour images"
+    if (size := max(max(one.matrix) for one in images)) > MAX_MATRIX:
+        return f"its slices have up to {size} rows or columns, the header is wrong"
     if any(one.frames > 1 for one in images):
         return "several slices share one file (enhanced CT): export it as one file a slice"
     if len(images) == 1:
@@ -301,11 +310,14 @@ def _slice_hu(path: Path) -> NDArray[np.int16]:
 
 def _padding(dataset: pydicom.Dataset, stored: NDArray[np.float64]) -> NDArray[np.bool_] | None:
     """Where Pixel Padding Value (0028,0120), up to its Range Limit (0028,0121), says that nothing was measured."""
-    if "PixelPaddingValue" not in dataset:
+    value, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
+    if value is None:
         return None
-    ends = [int(dataset.PixelPaddingValue), int(dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue))]
+    ends = [int(value), int(value if limit is None else limit)]
     if dataset.PixelRepresentation == 1:  # some writers store a signed padding as unsigned: 63536 is -2000
         ends = [end - 65536 if end > 32767 else end for end in ends]
+    else:
+        ends = [end + 65536 if end < 0 else end for end in ends]
     padded = np.asarray((stored >= min(ends)) & (stored <= max(ends)))
     hu = np.array(ends) * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
     if hu.max() > -900 and hu.min() < 3000:  # a value that tissue has too: only what reaches the frame is padding

@@ -73,6 +73,11 @@ class QualityLimits:
 def check_study(volume: Volume, limits: QualityLimits = QualityLimits()) -> tuple[Reason, ...]:
     """Everything that speaks against analysing a CT; empty for a good one. Any reason that ``refuses`` is enough."""
     reasons = _check_grid(volume, limits)
+    if volume.shape[0] < limits.min_slices:
+        text = (
+            f"{volume.shape[0]} slices, at least {limits.min_slices} are needed: choose the series of the whole chest"
+        )
+        return (*reasons, Reason("too_few_slices", text, True))  # too little to look for lung and blood in
     lungs = find_lungs(volume)
     if lungs.slice_range is None or lungs.areas_mm2.max() < limits.min_lung_area_cm2 * 100:
         return (
@@ -152,10 +157,10 @@ def _check_lungs(volume: Volume, lungs: Lungs, limits: QualityLimits) -> list[Re
     reasons = []
     first, last = lungs.slice_range or (0, 0)
     lung_mm = float(volume.slice_z_mm[last] - volume.slice_z_mm[first])
-    if volume.shape[0] < limits.min_slices or lung_mm < limits.min_lung_mm:
+    if lung_mm < limits.min_lung_mm:
         text = (
-            f"{volume.shape[0]} slices with {lung_mm:.0f} mm of lung; at least {limits.min_slices} slices and "
-            f"{limits.min_lung_mm:.0f} mm are needed: choose the series of the whole chest"
+            f"{volume.shape[0]} slices with {lung_mm:.0f} mm of lung, at least {limits.min_lung_mm:.0f} mm are needed: "
+            "choose the series of the whole chest"
         )
         reasons.append(Reason("too_few_slices", text, True))
     largest = lungs.areas_mm2.max()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
-from pe_app.dicom_series import SPACING_RANGE_MM, is_dicom, last_line, millimetres, read_dicom_folder
+from pe_app.dicom_series import SPACING_RANGE_MM, TILT_DEGREES, is_dicom, last_line, millimetres, read_dicom_folder
 from pe_app.dicom_series import check_uniform_spacing as check_uniform_spacing
 from pe_app.errors import InputError
 from pe_app.files import replacing
@@ -132,6 +133,12 @@ def volume_from_image(image: sitk.Image, name: str) -> Volume:
     low, high = SPACING_RANGE_MM
     if not np.isfinite(affine).all() or not ((low <= spacing) & (spacing <= high)).all():
         raise InputError(f"{name}: voxels of {millimetres(spacing)} mm cannot be; the header is wrong: export it again")
+    skew = np.degrees(np.arcsin(np.abs(np.triu(_cosines(affine), 1)).max().clip(0, 1)))
+    if skew > TILT_DEGREES:
+        raise InputError(
+            f"{name}: its axes are sheared by {skew:.1f} degrees, as by a tilted gantry: export a reformat with "
+            "straight axial slices"
+        )
     try:
         return canonical_volume(sitk.GetArrayFromImage(image), affine, name)
     except ValueError as error:
@@ -188,6 +195,13 @@ def _read_image_file(path: Path) -> Volume:
         raise InputError(f"{path.name}: cannot be read ({last_line(error)}): export it again") from error
 
 
+def _cosines(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``(3, 3)``: cosines of the angles between the axes; 1 on the diagonal, 0 beside it where they are upright."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines: NDArray[np.float64] = directions.T @ directions
+    return cosines
+
+
 def _check_grid(size: tuple[int, ...], components: int, name: str) -> None:
     """Refuse what is not one number on a 3-D grid of a possible size."""
     if len(size) != 3:
@@ -231,15 +245,15 @@ def _check_nifti_place(image: sitk.Image, name: str) -> None:
 def _check_nrrd(path: Path) -> None:
     """Refuse a header without a place in the patient or with its data elsewhere, and data that are cut off."""
     with path.open("rb") as file:
-        head = file.read(65536)
-    if not head.startswith(b"NRRD"):
-        raise InputError(f"{path.name}: is not an NRRD file")
-    end = min((head.find(blank) + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in head), default=0)
-    lines = [line.strip() for line in head[:end].decode("latin-1").splitlines()]
-    fields = {
-        key.strip().lower(): value.strip() for key, colon, value in (line.partition(": ") for line in lines) if colon
-    }
-    if not end or "data file" in fields or "datafile" in fields:
+        if file.read(4) != b"NRRD":
+            raise InputError(f"{path.name}: is not an NRRD file")
+        fields: dict[str, str] = {}
+        while line := file.readline().rstrip(b"\r\n"):  # an empty line ends the header, however long it is
+            key, colon, value = line.decode("latin-1").partition(": ")
+            if colon:
+                fields[key.strip().lower()] = value.strip()
+        end = file.tell()
+    if end == path.stat().st_size or "data file" in fields or "datafile" in fields:
         raise InputError(f"{path.name}: its voxels are in another file; write header and voxels into one .nrrd")
     if fields.get("space", "").lower() not in _NRRD_SPACES or "space directions" not in fields:
         raise InputError(f"{path.name}: has no space or space directions, so its place in the patient is unknown")

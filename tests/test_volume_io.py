@@ -684,3 +684,30 @@ def test_gz_of_several_members_is_read(tmp_path):
     content = (tmp_path / "ct.nii").read_bytes()
     (tmp_path / "ct.nii.gz").write_bytes(gzip.compress(content[:300]) + gzip.compress(content[300:]))
     assert read_volume(tmp_path / "ct.nii.gz").sha256 == hu_volume().sha256
+
+
+def test_an_nrrd_with_sheared_axes_is_refused_as_a_tilted_gantry_is(tmp_path):
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": np.array([[1, 0, 0], [0, 1, 0], [0, np.tan(np.deg2rad(12)), 1]]) * 2.0,
+        "space origin": np.zeros(3),
+    }
+    nrrd.write(str(tmp_path / "ct.nrrd"), np.full((8, 8, 8), -1000, np.int16), header)
+    with pytest.raises(InputError, match=r"sheared by 1[12]\.\d degrees"):
+        read_volume(tmp_path / "ct.nrrd")
+
+
+def test_an_nrrd_header_may_be_long(tmp_path):
+    header = {"space": "left-posterior-superior", "space directions": np.eye(3), "space origin": np.zeros(3)}
+    tags = {f"Segment0_Note{number}": "x" * 500 for number in range(300)}
+    nrrd.write(str(tmp_path / "ct.nrrd"), np.full((8, 8, 8), -1000, np.int16), {**header, **tags})
+    assert read_volume(tmp_path / "ct.nrrd").shape == (8, 8, 8)
+
+
+@pytest.mark.parametrize("kept", [0, 60])
+def test_an_end_slice_that_is_still_being_copied_is_noticed(write_series, kept):
+    folder = write_series(stored_pixels())
+    last = max(folder.iterdir())
+    last.rename(last.with_suffix(".dcm")).write_bytes(last.with_suffix(".dcm").read_bytes()[:kept])
+    with pytest.raises(InputError, match=rf"{last.name}\.dcm: its {kept} bytes"):
+        read_volume(folder)
