@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.floating]
+Field = NDArray[np.float32]
 LUNG_TOP_MM, LUNG_BOTTOM_MM = 128.0, -134.0
 """Nominal z of the apices and of the lowest recess."""
 
@@ -97,20 +97,24 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Grain:
-    """Smooth random fields of one slice, about -2 to 2: organ-sized, hand-sized and finger-sized."""
+    """Smooth random fields of one slice, about -2 to 2, from the size of an organ to that of a lobule."""
 
     coarse: Field
     middle: Field
     fine: Field
+    finest: Field
 
 
 def cavity_depth(x: Field, y: Field, z: Field | float) -> Field:
     """Mm inside the rib cage."""
     up = np.clip((np.asarray(z) + 30) / 160, 0, 1.0)
-    half_x = 130 * np.sqrt(np.maximum(1 - up**2.6, 0.012))
-    half_y = 90 * np.sqrt(np.maximum(1 - 0.86 * up**3, 0.012))
-    v = y - 2 - 20 * np.clip((np.asarray(z) - 30) / 100, 0, 1)
-    squares = (x / half_x) ** 2, (v / half_y) ** 2
+    half_x = 130 * np.sqrt(np.maximum(1 - up**2.9, 0.012))
+    half_y = 92 * np.sqrt(np.maximum(1 - 0.86 * up**3, 0.012))
+    v = y - 4 - 20 * np.clip((np.asarray(z) - 30) / 100, 0, 1)
+    behind = np.clip(v / half_y, 0, 1)
+    wide = half_x * (1 + 0.07 * np.clip(v / half_y, -1, 1))  # a kidney bean: widest behind the middle,
+    deep = v * (1 + 0.2 * behind * np.exp(-((x / 34) ** 2)))  # notched by the spine
+    squares = (x / wide) ** 2, (deep / half_y) ** 2
     q = np.sqrt(np.maximum(squares[0] + squares[1] - 0.22 * squares[0] * squares[1], 1e-3))  # squarer than an ellipse
     return np.asarray(np.hypot(x, v) * (1 / q - 1))
 
@@ -118,7 +122,7 @@ def cavity_depth(x: Field, y: Field, z: Field | float) -> Field:
 def mediastinum_depth(patient: Patient, x: Field, y: Field, z: Field | float) -> Field:
     """Mm inside the heart and everything else between the lungs, spine and paraspinal tissue included."""
     z = np.asarray(z)
-    column = _ellipse(x, y, 0, 2, 25 + 3 * np.clip(z / 60, 0, 1), 64)
+    column = _ellipse(x, y, 0, 2, 25 + 3 * np.clip(z / 60, 0, 1) - 8 * np.clip((z - 70) / 50, 0, 1), 64)
     spine = _ellipse(x, y, patient.spine_x, spine_y(patient, z) + 4, 23, 21)
     depth = _join(column, spine, 8)
     for cx, cy, cz, rx, ry, rz in ((-38, 12, 4, 19, 21, 30), (38, 18, 8, 19, 23, 30), (10, -20, 44, 27, 34, 26)):
@@ -139,7 +143,8 @@ def diaphragm_z(patient: Patient, x: Field, y: Field) -> tuple[Field, Field]:
     u = [((x - cx) / 72) ** 2 + ((y + 12) / 84) ** 2 for cx in (-68, 72)]
     right = patient.dome_mm - np.minimum(50 * u[0], 72)
     left = patient.dome_mm - 9 - np.minimum(50 * u[1], 64)
-    height = np.maximum(right, left)
+    tendon = patient.dome_mm - 20 - 45 * ((x / 62) ** 2 + (np.maximum(y + 25, 0) / 60) ** 2)  # carries the heart
+    height = np.maximum(np.maximum(right, left), tendon)
     return height, 1 / np.sqrt(1 + 1.9 * np.minimum(np.minimum(u[0], u[1]), 1.4))
 
 
@@ -179,7 +184,7 @@ def _wall(patient: Patient, scan: Scan, x: Field, y: Field, z: float, cavity: Fi
     squares = (x / half_x) ** 2, (v / half_y) ** 2
     q = np.sqrt(np.maximum(squares[0] + squares[1] - 0.32 * squares[0] * squares[1], 1e-3))
     body = np.hypot(x, v) * (1 / q - 1) + 1.2 * grain.coarse
-    if patient.breast_mm:
+    if patient.breast_mm and -110 < z < 70:
         for side in (-1, 1):
             size = patient.breast_mm
             breast = _ellipsoid(x, y, z, (side * 78, -96 - 0.25 * size, -22), (58, 18 + size, 52))
@@ -228,9 +233,10 @@ def _abdomen(
     yield Layer(spleen, 105 + 35 * np.sin(4 * grain.middle) * (1.2 - scan.late))
     stomach = np.minimum(under - 2, _ellipsoid(x, y, z, (62, -22, -112), (46, 44, 40)))
     yield Layer(stomach, 55.0)
-    yield Layer(stomach - 4, 15 + 8 * grain.fine)
-    yield Layer(np.minimum(stomach - 4.5, -28 - y), -960.0)
-    yield Layer(np.minimum(np.minimum(under, 8 * grain.fine - 11), _ellipse(x, y, 20, -20, 110, 70)), 45.0)
+    yield Layer(stomach - 4.0, 15.0 + 8.0 * grain.fine)
+    yield Layer(np.minimum(stomach - 4.5, -28.0 - y), -960.0)
+    bowel = np.minimum(np.minimum(under, 8 * grain.fine - 11), _ellipse(x, y, 20, -20, 110, 70))
+    yield Layer(np.minimum(bowel, -stomach), 45.0)
 
 
 def _lungs(
@@ -242,7 +248,8 @@ def _lungs(
     lung = -_join(-lung, (height - z) * slope, 6)
     if lung.max() < -6:
         return
-    parenchyma = -868 + 0.32 * y + 9 * grain.middle + 6 * grain.fine
+    specks = np.clip(grain.finest - 0.9, 0, 1.5)  # vessels too thin to be drawn one by one
+    parenchyma = -872 + 0.32 * y + 9 * grain.middle + 5 * grain.fine + 12 * grain.finest + 75 * specks
     if patient.emphysema:
         parenchyma = parenchyma - patient.emphysema * 55 * np.clip(grain.fine + 0.5 * grain.middle, 0, 1)
     yield Layer(lung, parenchyma)
@@ -275,11 +282,14 @@ def _heart(patient: Patient, scan: Scan, x: Field, y: Field, z: float, grain: Gr
     axis = (0.66, -0.6, -0.45)
     shift = 0.6 * np.sin(1.9 * z) * grain.coarse  # the beat between two slices: stepped borders
     x = x + shift
-    heart = heart_depth(patient, x, y, z)
-    yield Layer(np.minimum(heart + 2.4, 1.2 - np.abs(heart + 1.4)), 25.0)  # pericardium
-    left = _rotated(x, y, z, (40, -24, -56), axis, 50 * h, 30 * h)
+    height, slope = diaphragm_z(patient, x, y)
+    resting = (z - height) * slope + 5
+    heart = np.minimum(heart_depth(patient, x, y, z), resting)
+    if z < -30:
+        yield Layer(np.minimum(heart + 2.4, 0.9 - np.abs(heart + 1.4)), 5.0)  # pericardium
+    left = np.minimum(_rotated(x, y, z, (40, -24, -56), axis, 50 * h, 30 * h), resting - 2)
     cavity_left = _rotated(x, y, z, (36, -20, -53), axis, 40 * h, 19 * h) + 1.6 * grain.fine
-    right = np.minimum(_rotated(x, y, z, (14, -48, -50), axis, 48 * h, 27 * h), -left - 1)
+    right = np.minimum(np.minimum(_rotated(x, y, z, (14, -48, -50), axis, 48 * h, 27 * h), -left - 1), resting - 2)
     atrium_right = _ellipsoid(x, y, z, (-36, -16, -42), (24 * h, 28, 34 * h))
     atrium_left = _ellipsoid(x, y, z, (0, 22, -18), (32 * h, 17, 22 * h))
     muscle = 95 + 25 * (scan.late - 0.5)
@@ -314,12 +324,12 @@ def _bones(patient: Patient, x: Field, y: Field, z: float, cavity: Field, grain:
         up = np.clip((z + 30) / 160, 0, 1)
         plate = 2 + 20 * np.clip((z - 30) / 100, 0, 1) - 90 * np.sqrt(max(1 - 0.86 * up**3, 0.012)) - 8
         wide = 15 + 11 * np.clip((z - 62) / 20, 0, 1)
-        sternum = np.minimum(wide - np.abs(x), 6.2 - np.abs(y - plate))
+        sternum = _ellipse(np.sign(x) * np.maximum(np.abs(x) - wide + 8, 0), y, 0, plate, 8, 6.2)
         yield Layer(sternum, 430.0)
         yield Layer(sternum - 1.7, 130 + 25 * grain.fine)
     if -5 < z < 118:
         blade = 2.1 + 2.5 * np.clip((z - 70) / 40, 0, 1) - np.abs(-cavity - 23 - 0.05 * z - 1.5 * grain.coarse)
-        reach = np.minimum(np.abs(x) - 62 - 0.35 * max(z - 60, 0), y - 8 + 0.25 * z)
+        reach = np.minimum(np.abs(x) - 84 + 0.2 * z, y - 8 + 0.25 * z)
         blade = np.minimum(blade, reach)
         yield Layer(blade, 560.0)
         yield Layer(blade - 1.7, 180.0)
@@ -354,7 +364,7 @@ def _vertebra(patient: Patient, x: Field, v: Field, z: float, grain: Grain) -> I
     yield Layer(canal - 2, 28.0)
 
 
-def _ellipse(x: Field, y: Field, cx: float, cy: float, rx: Field | float, ry: Field | float) -> Field:
+def _ellipse(x: Field, y: Field, cx: float, cy: Field | float, rx: Field | float, ry: Field | float) -> Field:
     u, v = x - cx, y - cy
     q = np.sqrt((u / rx) ** 2 + (v / ry) ** 2 + 1e-4)
     return np.asarray(np.hypot(u, v) * (1 / q - 1))

@@ -26,8 +26,8 @@ class Grid:
 
     @property
     def planes(self) -> int:
-        """Thin planes that a slice is averaged from, at most about 1.2 mm apart."""
-        return int(np.ceil(self.spacing_mm / 1.2))
+        """Thin planes that a slice is averaged from: 1.2 mm apart at most, or somewhat less than a large pixel."""
+        return int(np.ceil(self.spacing_mm / max(1.2, 0.75 * self.pixel_mm)))
 
 
 class Tubes:

@@ -61,7 +61,7 @@ class Phantom:
 
 
 def make_phantom(
-    rng: np.random.Generator, config: PhantomConfig, *, positive: bool, patient: Patient | None = None
+    rng: np.random.Generator, config: PhantomConfig, positive: bool, patient: Patient | None = None
 ) -> Phantom:
     """A simulated contrast-enhanced chest CT; with 1 to 6 emboli in pulmonary arteries if ``positive``.
 
@@ -79,7 +79,7 @@ def make_phantom(
     scan = Scan.draw(body)
     grid, offset_mm = _draw_grid(body, config, patient)
     vessels = grow_vessels(
-        vessels_rng, lambda p: np.asarray(lung_depth(patient, *p.T)), leaves=int(np.clip(config.matrix / 2, 60, 240))
+        vessels_rng, lambda p: np.asarray(lung_depth(patient, *p.T)), leaves=int(np.clip(1.2 * config.matrix, 100, 600))
     )
     frame = _Frame(np.array(patient.scale), offset_mm)
     clots: list[Clot] = []
@@ -94,7 +94,7 @@ def make_phantom(
     arteries = _artery_tubes(grid, frame, scan, vessels.arteries, clots)
     clot_tubes = [Tubes(grid, [frame.piece((clot.points, clot.radius_mm))]) for clot in clots]
     fields = _SmoothFields(grain_rng, grid)
-    noise = _Noise.draw(noise_rng, grid, scan)
+    noise = _Noise.draw(noise_rng, grid, scan, frame)
 
     shape = (grid.slices, grid.matrix, grid.matrix)
     voxels = np.empty(shape, np.int16)
@@ -105,8 +105,7 @@ def make_phantom(
             _paint(hu, group, index, value)
         covered = np.zeros_like(hu)
         for group, value in arteries:
-            _paint(hu, group, index, value)
-            _cover(covered, group, index)
+            _paint(hu, group, index, value, covered)
         artery_mask[index] = covered >= 0.5
         for number, (clot, group) in enumerate(zip(clots, clot_tubes, strict=True), start=1):
             drawn = group.draw(index)
@@ -130,10 +129,11 @@ def describe_emboli(mask: Volume, drawn: Sequence[tuple[str, float]]) -> tuple[E
     """What can be seen of the drawn emboli; the numbers in ``mask`` are closed up where one is too small to be seen."""
     voxel_mm3 = float(np.prod(mask.spacing_mm))
     emboli: list[Embolus] = []
-    for number, (place, hu) in enumerate(drawn, start=1):
-        cells = np.argwhere(mask.voxels == number)
-        if len(cells) == 0:
+    boxes = ndimage.find_objects(mask.voxels, len(drawn))
+    for number, ((place, hu), box) in enumerate(zip(drawn, boxes, strict=True), start=1):
+        if box is None:
             continue
+        cells = np.argwhere(mask.voxels[box] == number) + [side.start for side in box]
         mask.voxels[tuple(cells.T)] = len(emboli) + 1
         centre = cells[np.linalg.norm((cells - cells.mean(0)) * mask.spacing_mm, axis=1).argmin()]
         x, y, z = (float(value) for value in mask.to_lps_mm(centre))
@@ -160,6 +160,7 @@ class _Extras:
     nodes: list[Piece]
     plugs: list[Piece]
     nodules: list[Piece]
+    jets: list[Piece]
     node_hu: float
 
     @classmethod
@@ -184,7 +185,16 @@ class _Extras:
         for _ in range(int(rng.integers(0, 4))):
             end = leaves[int(rng.integers(len(leaves)))].points[-1]
             nodules.append(_blob(rng, end + rng.normal(0, 4, 3), float(rng.uniform(2, 6))))
-        return cls(nodes, plugs, nodules, float(rng.uniform(30, 65)))
+        return cls(nodes, plugs, nodules, _jets(rng, vessels.superior_veins[0]), float(rng.uniform(30, 65)))
+
+
+def _jets(rng: np.random.Generator, cava: Piece) -> list[Piece]:
+    """Streams of blood without contrast in the superior vena cava; they end and begin anew."""
+    points, radius = cava
+    turn = rng.uniform(0, 6.3) + np.linspace(0, rng.uniform(-2, 2), len(points))
+    aside = 0.5 * radius[:, None] * np.stack([np.cos(turn), np.sin(turn), 0 * turn], axis=1)
+    shown = np.sin(np.linspace(0, rng.uniform(4, 12), len(points)) + rng.uniform(0, 6.3)) > -0.3
+    return [((points + aside)[shown], radius[shown] * rng.uniform(0.25, 0.5))]
 
 
 def _blob(rng: np.random.Generator, centre: Points, size_mm: float) -> Piece:
@@ -222,6 +232,7 @@ def _all_tubes(grid: Grid, frame: _Frame, scan: Scan, vessels: Vessels, extras: 
         tubes([vessels.azygos], 0.6 * scan.aorta),
         tubes([vessels.inferior_vein], scan.inferior_cava),
         tubes(vessels.superior_veins, min(scan.cava, 1500.0)),
+        tubes(extras.jets if scan.mixing else [], 0.5 * (scan.inferior_cava + scan.pulmonary)),
         tubes(vessels.aorta, scan.aorta),
         tubes([vessels.outflow], scan.pulmonary),
         tubes(veins, scan.veins),
@@ -243,18 +254,16 @@ def _artery_tubes(
     return [(Tubes(grid, [frame.piece(piece) for piece in pieces]), hu) for pieces, hu in groups if pieces]
 
 
-def _paint(hu: NDArray[np.float32], tubes: Tubes, index: int, value: float) -> None:
+def _paint(
+    hu: NDArray[np.float32], tubes: Tubes, index: int, value: float, covered: NDArray[np.float32] | None = None
+) -> None:
+    """Draw one slice of some tubes; ``covered`` keeps how much of every pixel tubes have taken."""
     drawn = tubes.draw(index)
     if drawn is not None:
         box, amount = drawn
         hu[box] += amount * (value - hu[box])
-
-
-def _cover(covered: NDArray[np.float32], tubes: Tubes, index: int) -> None:
-    drawn = tubes.draw(index)
-    if drawn is not None:
-        box, amount = drawn
-        np.maximum(covered[box], amount, out=covered[box])
+        if covered is not None:
+            np.maximum(covered[box], amount, out=covered[box])
 
 
 def _solids(
@@ -271,7 +280,7 @@ def _solids(
         if len(touched) == 0:
             continue
         rows = slice(touched[0], touched[-1] + 1)
-        value = layer.hu if np.isscalar(layer.hu) else np.asarray(layer.hu, np.float32)[rows]
+        value = layer.hu[rows] if isinstance(layer.hu, np.ndarray) and layer.hu.ndim else layer.hu
         hu[rows] += amount[rows] * (value - hu[rows])
     if fields.size == grid.matrix:
         return hu
@@ -280,7 +289,7 @@ def _solids(
 
 
 class _SmoothFields:
-    """Smooth random fields in the patient, three sizes of grain, on the coarse pixels of one slice at a time."""
+    """Smooth random fields in the patient, four sizes of grain, on the coarse pixels of one slice at a time."""
 
     def __init__(self, rng: np.random.Generator, grid: Grid) -> None:
         field_mm = grid.matrix * grid.pixel_mm
@@ -292,7 +301,7 @@ class _SmoothFields:
         length = grid.slices * grid.spacing_mm
         self._lattices = [
             (mm, rng.standard_normal((int(length / mm) + 3, *[int(field_mm / mm) + 4] * 2)).astype(np.float32))
-            for mm in (55.0, 20.0, 7.0)
+            for mm in (55.0, 20.0, 7.0, 2.8)
         ]
 
     def grain(self, index: int) -> Grain:
@@ -311,21 +320,29 @@ class _SmoothFields:
 
 @dataclass(frozen=True, eq=False)
 class _Noise:
-    """Noise of one scan: correlated by the kernel, stronger in thin slices; streaks from dense contrast in the cava."""
+    """Noise of one scan: correlated by the kernel, stronger in thin slices.
+
+    With it come streaks from dense contrast in the cava and level bars through shoulders, or arms beside the chest.
+    """
 
     rng: np.random.Generator
     sigma_hu: float
     kernel_pixels: float
     streak_hu: float
     streak_at: NDArray[np.float32]
-    streak_slices: tuple[float, float]
+    cava_slices: tuple[float, float]
+    shoulders: float
+    bars_hu: float
     outside: NDArray[np.bool_] | None
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, grid: Grid, scan: Scan) -> _Noise:
+    def draw(cls, rng: np.random.Generator, grid: Grid, scan: Scan, frame: _Frame) -> _Noise:
         places = (np.arange(grid.matrix, dtype=np.float32) - (grid.matrix - 1) / 2) * np.float32(grid.pixel_mm)
         x, y = places[None, :], places[:, None]
-        angle, away = np.arctan2(y + 8, x + 31), np.hypot(y + 8, x + 31)
+        landmarks, _ = frame.piece((np.array([(-31.0, -10, -15), (-31, -10, 95), (0, 0, 80)]), np.ones(3)))
+        slices = (landmarks[:, 2] - grid.bottom_mm) / grid.spacing_mm
+        angle = np.arctan2(y - landmarks[0, 1], x - landmarks[0, 0])
+        away = np.hypot(y - landmarks[0, 1], x - landmarks[0, 0])
         teeth = sum(np.sin(n * angle + rng.uniform(0, 6.3)) for n in rng.integers(9, 40, 3))
         streaks = (teeth * np.exp(-away / 45) * np.clip(away / 8 - 0.8, 0, 1)).astype(np.float32)
         circle = np.hypot(x, y) > grid.matrix / 2 * grid.pixel_mm
@@ -335,7 +352,9 @@ class _Noise:
             kernel_pixels=float(rng.uniform(0.5, 0.95) * 0.7 / grid.pixel_mm),
             streak_hu=max(scan.cava - 600, 0) * 0.09,
             streak_at=streaks,
-            streak_slices=(5.0, 85.0),
+            cava_slices=(float(slices[0]), float(slices[1])),
+            shoulders=float(slices[2]) if scan.arms_up else 0.0,
+            bars_hu=float(rng.uniform(8, 25) if scan.arms_up else rng.uniform(6, 16)),
             outside=circle if rng.random() < 0.4 else None,
         )
 
@@ -344,7 +363,10 @@ class _Noise:
         white = self.rng.standard_normal(hu.shape, dtype=np.float32)
         grain = ndimage.gaussian_filter(white, self.kernel_pixels) if self.kernel_pixels > 0.3 else white
         hu += grain * (self.sigma_hu / max(float(grain.std()), 1e-6)) * np.where(hu < -900, 0.5, 1).astype(np.float32)
-        if self.streak_hu > 0:
+        if self.streak_hu > 0 and self.cava_slices[0] < index < self.cava_slices[1]:
             hu += self.streak_at * np.float32(self.streak_hu * self.rng.uniform(0.3, 1))
+        if index > self.shoulders:  # few photons pass sideways through shoulders and arms: level bars
+            bars = ndimage.uniform_filter1d(white, max(hu.shape[1] // 8, 3), axis=1)
+            hu += bars * (self.bars_hu / max(float(bars.std()), 1e-6)) * (hu > -950)
         if self.outside is not None:
             hu[self.outside] = PADDING_HU

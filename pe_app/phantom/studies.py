@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.studies import Label, Study, write_studies
 from pe_app.volume_io import write_volume
 
-READER = "simulated reader"
+READER, READ_AT = "simulated reader", "2026-01-01T00:00:00Z"
+"""Who reviewed the slices, and when: fixed, so that the same seed gives the same files."""
+
 ANNOTATED_POSITIVE, ANNOTATED_NEGATIVE = 0.6, 0.3
 """Shares of studies that the reader annotated; the others are label-only."""
 
@@ -52,19 +56,31 @@ def write_phantom_studies(
         (out / folder).mkdir(parents=True, exist_ok=True)
     listed: dict[int, Study] = {}
     progress(Progress("simulate studies", 0, studies))
+    with closing(_written(out, studies, seed, config, workers)) as written:
+        for number, study in written:
+            listed[number] = study
+            progress(Progress("simulate studies", len(listed), studies))
+    path = out / "studies.csv"
+    write_studies([listed[number] for number in range(studies)], path)
+    return path
+
+
+def _written(
+    out: Path, studies: int, seed: int, config: PhantomConfig, workers: int
+) -> Generator[tuple[int, Study], None, None]:
+    """Number and study, in the order in which they are finished."""
+    if workers == 1:
+        for number in range(studies):
+            yield number, _write_study(out, number, seed, config)
+        return
     # spawn: a forked child would inherit torch's locked thread pool
     with ProcessPoolExecutor(min(workers, studies), get_context("spawn"), _one_thread) as pool:
         jobs = {pool.submit(_write_study, out, number, seed, config): number for number in range(studies)}
         try:
-            for done, job in enumerate(as_completed(jobs), start=1):
-                listed[jobs[job]] = job.result()
-                progress(Progress("simulate studies", done, studies))
-        except BaseException:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    path = out / "studies.csv"
-    write_studies([listed[number] for number in range(studies)], path)
-    return path
 
 
 def _write_study(out: Path, number: int, seed: int, config: PhantomConfig) -> Study:
@@ -84,7 +100,7 @@ def _write_study(out: Path, number: int, seed: int, config: PhantomConfig) -> St
             write_volume(phantom.emboli_mask, mask_path)
         if annotation:
             schedule = slice_schedule(phantom.volume)
-            reviewed = SparseAnnotation.from_mask(phantom.volume, phantom.emboli_mask, schedule, READER)
+            reviewed = SparseAnnotation.from_mask(phantom.volume, phantom.emboli_mask, schedule, READER, READ_AT)
             reviewed.write(annotation, phantom.volume)
         write_volume(phantom.volume, path)
     return Study(name, path, f"patient_{seed}_{patient_number:04d}", label, annotation)

@@ -99,7 +99,7 @@ class Tree:
         length = float(np.sqrt(share * way @ (share * way)))
         radius = min(leaf_mm * count ** (1 / MURRAY_EXPONENT), largest_mm)
         middle = (start + end) / 2 + heading * 0.18 * length + rng.normal(0, 0.05 * length, 3)
-        tip = radius if count > 1 else 0.6 * radius
+        tip = radius if count > 1 else 0.75 * radius
         index = self.add(
             np.stack([start, middle, end]),
             (radius, (radius + tip) / 2, tip),
@@ -225,12 +225,12 @@ def grow_vessels(rng: np.random.Generator, lung_depth: Callable[[Points], NDArra
         roots = {"right": (truncus, interlobar, interlobar), "left": (apical, descending, descending)}[side]
         for number, root in enumerate(roots):
             if (lobe == number).sum() > 0:
-                arteries.grow(root, targets[lobe == number], rng.uniform(0.55, 0.7), rng, 6.2 * wide)
+                arteries.grow(root, targets[lobe == number], rng.uniform(0.58, 0.72), rng, 6.2 * wide)
         targets = _points_in_lung(rng, lung_depth, sign, int(leaves * 0.7))
         low = _lobes(targets) == 2
         for is_low in (False, True):
             if (low == is_low).any():
-                veins.grow(vein_of[side, is_low], targets[low == is_low], rng.uniform(0.5, 0.62), rng, 5.6)
+                veins.grow(vein_of[side, is_low], targets[low == is_low], rng.uniform(0.55, 0.68), rng, 5.6)
 
     bronchi = [
         tube(moved([(0, 16, 145), (1, 20, 90), (2, 22, 34)], 1.0), rng.uniform(7.5, 9.5)),
@@ -248,8 +248,10 @@ def grow_vessels(rng: np.random.Generator, lung_depth: Callable[[Points], NDArra
     aorta = [
         tube(
             moved(
-                [(6, -14, -26), (-8, -22, -4), (-14, -24, 22), (-10, -18, 46), (4, 0, 58), (17, 22, 56), (23, 42, 40)]
-                + [(23, 47, 20), (20, 47, -30), (14, 45, -80), (4, 42, -175)],
+                [
+                    *((6, -14, -26), (-8, -22, -4), (-14, -24, 22), (-10, -18, 46), (4, 0, 58), (17, 22, 56)),
+                    *((23, 42, 40), (23, 47, 20), (20, 47, -30), (14, 45, -80), (4, 42, -175)),
+                ],
                 1.0,
             ),
             np.array([12, *[ascending] * 3, *[ascending - 2] * 2, *[ascending - 3.5] * 3, 11, 10]),
@@ -293,7 +295,7 @@ def _points_in_lung(
     return np.asarray(chosen)
 
 
-def fissure_height(y: NDArray[np.floating]) -> NDArray[np.floating]:
+def fissure_height(y: NDArray[np.float32]) -> NDArray[np.float32]:
     """Z of the oblique fissure at depth y: high at the back, low at the front; nominal mm."""
     return -18 + 0.72 * y
 
