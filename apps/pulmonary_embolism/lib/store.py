@@ -420,11 +420,11 @@ class StudyStore(LocalDatastore):
             stamp = _stamp(index)
             if stamp == held_stamp:
                 return
-            text = index.read_text(encoding="utf-8")
+            content = index.read_bytes()
         except FileNotFoundError:
             return
         try:
-            model = LocalDatastoreModel.model_validate_json(text)
+            model = LocalDatastoreModel.model_validate_json(content)
         except ValueError:
             aside = index.with_name(f"{index.name}.damaged-{time.time_ns()}")
             logger.exception("%s is damaged: it is set aside as %s and rebuilt", index, aside.name)
