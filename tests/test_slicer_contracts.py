@@ -10,7 +10,8 @@ import pytest
 from slicer_paths import MODULE
 
 LIBRARY = MODULE / "PulmonaryEmbolismLib"
-FILES = sorted([MODULE / "PulmonaryEmbolism.py", *LIBRARY.glob("*.py")])
+PANEL = sorted([LIBRARY / "widget.py", *LIBRARY.glob("panel/*.py")])
+FILES = sorted([MODULE / "PulmonaryEmbolism.py", *LIBRARY.rglob("*.py")])
 BUNDLED = {"numpy", "requests", "vtk", "slicer", "qt", "PulmonaryEmbolismLib"}
 
 
@@ -51,7 +52,7 @@ def test_every_resource_is_in_the_package():
 def test_every_widget_that_the_panel_names_is_in_the_ui_and_every_button_of_the_ui_does_something():
     root = ET.parse(MODULE / "Resources/UI/PulmonaryEmbolism.ui").getroot()
     there = {widget.get("name"): widget.get("class") for widget in root.iter("widget")}
-    source = (LIBRARY / "widget.py").read_text()
+    source = "".join(path.read_text() for path in PANEL)
     used = set(re.findall(r"\bui\.(\w+)", source))
     assert used <= set(there)
     assert {name for name, kind in there.items() if kind == "QPushButton"} <= used
@@ -107,8 +108,21 @@ def test_no_name_is_used_that_exists_only_outside_the_application(path):
                                                                     "ScriptedLoadableModule"}  # fmt: skip
 
 
-def test_the_panel_makes_no_request_itself():
-    assert "requests" not in imported(ast.walk(tree(LIBRARY / "widget.py")))
+@pytest.mark.parametrize("path", PANEL, ids=lambda path: path.name)
+def test_the_panel_makes_no_request_itself(path):
+    assert "requests" not in imported(ast.walk(tree(path)))
+
+
+@pytest.mark.parametrize("path", PANEL, ids=lambda path: path.name)
+def test_a_section_of_the_panel_imports_no_other_section(path):
+    sections = {name.stem for name in PANEL} - {"widget", "forms", "__init__"}
+    names = {name.rpartition(".")[2] for name in imported(ast.walk(tree(path)))}
+    assert path.name == "widget.py" or not names & sections
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_is_read_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 600
 
 
 def test_the_index_entry_names_category_and_repository():

@@ -76,10 +76,10 @@ class Desk:
     def connect(self):
         self.ui.addressBox.setCurrentText(self.server.address)
         self.ui.connectButton.click()
-        self.wait(lambda: self.panel.rows)
+        self.wait(lambda: self.panel.worklist.rows)
 
     def open(self, study):
-        self.panel.open_study(study)
+        self.panel.study.open(study)
         self.wait(lambda: self.panel.session is not None and self.panel.session.study == study)
 
     def key(self, key, modifier=Modifier.NoModifier):
@@ -88,16 +88,16 @@ class Desk:
 
     def paint(self, k, mask):
         """As the Segment Editor leaves it: paint in the segment, and the news of it."""
-        self.panel.jump(k)
+        self.panel.annotate.jump(k)
         masks = self.panel.nodes.masks()
         masks[k] = mask
         self.panel.nodes.paint(masks)
-        self.panel._painted()
-        self.wait(lambda: self.panel._painted_at is None)
+        self.panel.annotate.painted()
+        self.wait(lambda: self.panel.annotate.painted_at is None)
 
     @property
     def slice(self):
-        return self.panel._current()
+        return self.panel.annotate.current()
 
     def shot(self, name, height=1060):
         folder = os.environ.get("PE_SCREENSHOTS")
@@ -199,7 +199,7 @@ def test_the_worklist_is_filtered_sorted_and_says_who_reads_a_study(desk):
     desk.connect()
     table = desk.ui.worklistTable
     cells = lambda column: [table.item(row, column).text() for row in range(table.rowCount)]  # noqa: E731
-    desk.panel.sort(3)
+    desk.panel.worklist.sort(3)
     assert cells(0) == ["study-2", "study-1"]
     assert cells(4)[0] == "read by Bo"
     desk.ui.filterEdit.text = "positive"
@@ -213,7 +213,7 @@ def test_a_study_that_another_reader_holds_is_opened_only_when_the_reader_insist
     desk.server.studies["study-2"]["row"]["held_by"] = "Bo"
     desk.connect()
     desk.answers = ["Cancel"]
-    desk.panel.open_study("study-2")
+    desk.panel.study.open("study-2")
     desk.wait(lambda: desk.questions)
     desk.idle()
     assert desk.panel.session is None
@@ -243,9 +243,9 @@ def test_next_study_does_not_load_again_the_study_that_is_open(desk):
 def test_an_answer_for_a_study_no_longer_wanted_is_dropped(desk):
     desk.connect()
     desk.server.slow_seconds = 0.15
-    desk.panel.open_study("study-1")
+    desk.panel.study.open("study-1")
     desk.app.settle(250)
-    desk.panel.open_study("study-2")
+    desk.panel.study.open("study-2")
     desk.wait(lambda: desk.panel.session is not None)
     desk.app.settle(700)
     assert desk.panel.session.study == "study-2"
@@ -305,7 +305,7 @@ def test_a_painted_slice_is_embolism_by_itself_and_paint_may_go_only_where_the_l
     desk.paint(CLOT_SLICE, clot())
     assert desk.panel.session.state(CLOT_SLICE) == "embolism"
     assert desk.panel.nodes._guarded == CLOT_SLICE
-    desk.panel.jump(CLOT_SLICE + 1)
+    desk.panel.annotate.jump(CLOT_SLICE + 1)
     assert desk.panel.nodes._guarded is None
     assert "not on the list" in desk.ui.sliceLabel.text
     desk.ui.addButton.click()
@@ -337,7 +337,7 @@ def test_fill_between_slices_stays_a_proposal_until_it_is_taken(desk):
     desk.wait(lambda: desk.panel.nodes.proposal())
     assert list(desk.panel.nodes.proposal()) == [CLOT_SLICE - 1]
     assert CLOT_SLICE - 1 not in desk.panel.session.masks
-    desk.panel.jump(CLOT_SLICE - 1)
+    desk.panel.annotate.jump(CLOT_SLICE - 1)
     desk.ui.takeButton.click()
     assert desk.panel.session.state(CLOT_SLICE - 1) == "embolism"
     assert desk.panel.nodes.proposal() == {}
@@ -346,7 +346,7 @@ def test_fill_between_slices_stays_a_proposal_until_it_is_taken(desk):
 def test_a_click_on_the_strip_goes_there(desk):
     desk.connect()
     desk.open("study-1")
-    strip = desk.panel.strip
+    strip = desk.panel.annotate.strip
     QTest.mouseClick(strip, QtCore.Qt.MouseButton.LeftButton, pos=QtCore.QPoint(strip.place(20), 20))
     assert desk.slice == 20
 
@@ -358,7 +358,7 @@ def test_submitting_a_complete_review_reaches_the_server_as_final_with_its_mask(
     desk.connect()
     desk.open("study-1")
     desk.paint(CLOT_SLICE, clot())
-    desk.panel.jump(4)
+    desk.panel.annotate.jump(4)
     while desk.panel.session.open_slices:
         desk.key(Key.Key_E)
     desk.ui.positiveButton.click()
@@ -374,7 +374,7 @@ def test_submitting_a_complete_review_reaches_the_server_as_final_with_its_mask(
     states = {s["slice_index"]: s["state"] for s in known["annotation"]["slices"]}
     assert states[CLOT_SLICE] == "embolism"
     assert set(states.values()) == {"embolism", "none"}
-    desk.wait(lambda: any(row.state == "complete" for row in desk.panel.rows))
+    desk.wait(lambda: any(row.state == "complete" for row in desk.panel.worklist.rows))
     desk.shot("submitted")
 
 
@@ -382,7 +382,7 @@ def test_submitting_an_incomplete_review_saves_a_draft_and_goes_to_the_first_ope
     desk.connect()
     desk.open("study-1")
     desk.key(Key.Key_E)
-    desk.panel.jump(30)
+    desk.panel.annotate.jump(30)
     desk.ui.submitButton.click()
     desk.wait(lambda: "Saved as a draft" in desk.ui.savedLabel.text)
     assert desk.server.studies["study-1"]["tag"] == "draft"
@@ -415,7 +415,7 @@ def test_after_a_crash_the_work_is_offered_and_restored(desk):
     desk.connect()
     desk.open("study-1")
     desk.paint(CLOT_SLICE, clot())
-    desk.panel.jump(4)
+    desk.panel.annotate.jump(4)
     desk.key(Key.Key_E)
     desk.crash()
     assert desk.server.studies["study-1"]["annotation"] is None
@@ -437,7 +437,7 @@ def test_a_server_killed_in_mid_upload_loses_nothing_and_gets_it_later(desk):
     desk.wait(lambda: "will be sent again" in desk.ui.savedLabel.text)
     desk.shot("kept", 600)
     desk.server.die_in_upload = False
-    desk.panel._due["retry"] = 0
+    desk.panel.due["retry"] = 0
     desk.wait(lambda: desk.server.studies["study-1"]["tag"] == "draft")
     desk.wait(lambda: not desk.panel.session.unsent)
 
@@ -450,7 +450,7 @@ def test_work_on_a_study_that_was_left_is_sent_when_the_server_is_back(desk):
     desk.open("study-2")
     desk.idle()
     desk.server.die_in_upload = False
-    desk.panel._due["retry"] = 0
+    desk.panel.due["retry"] = 0
     desk.wait(lambda: desk.server.studies["study-1"]["tag"] == "draft")
 
 
@@ -523,7 +523,7 @@ def test_closing_the_scene_keeps_the_review(desk):
 
 def detect(desk):
     desk.ui.detectButton.click()
-    desk.wait(lambda: desk.panel.detection is not None and not desk.panel.runner.jobs("detect"))
+    desk.wait(lambda: desk.panel.detecting.detection is not None and not desk.panel.runner.jobs("detect"))
 
 
 def test_a_detection_shows_its_progress_its_words_and_its_curve(desk, monkeypatch):
@@ -539,12 +539,12 @@ def test_a_detection_shows_its_progress_its_words_and_its_curve(desk, monkeypatc
     desk.key(Key.Key_E)  # the panel goes on working
     assert desk.panel.session.progress[0] == 1
     desk.shot("detecting")
-    desk.wait(lambda: desk.panel.detection is not None)
+    desk.wait(lambda: desk.panel.detecting.detection is not None)
     assert "P(PE) 0.91, above the threshold 0.62" in desk.ui.probabilityLabel.text
     assert "starter 1.0 (2026-11-02)" in desk.ui.modelLabel.text
     assert "never seen a real embolism" in desk.ui.reasonsLabel.text
     assert desk.ui.candidatesTable.rowCount == 2
-    curve = desk.panel.curve
+    curve = desk.panel.detecting.curve
     QTest.mouseClick(curve, QtCore.Qt.MouseButton.LeftButton, pos=QtCore.QPoint(curve.place(CLOT_SLICE), 60))
     assert desk.slice == CLOT_SLICE
 
@@ -591,11 +591,11 @@ def test_an_accepted_candidate_is_a_region_to_correct_and_a_rejected_one_is_reme
     desk.open("study-1")
     assert [table.item(row, 5).text() for row in (0, 1)] == ["accepted", "rejected"]
     for _ in range(3):
-        desk.panel.jump(desk.panel.session.next_open(-1))
+        desk.panel.annotate.jump(desk.panel.session.next_open(-1))
         desk.key(Key.Key_E)
     desk.key(Key.Key_U)
     detect(desk)
-    desk.panel.jump(CLOT_SLICE)
+    desk.panel.annotate.jump(CLOT_SLICE)
     desk.key(Key.Key_O)
     desk.shot("detection")
 
@@ -609,7 +609,7 @@ def test_a_cancelled_detection_frees_the_panel_at_once_and_its_answer_is_never_s
     desk.ui.cancelButton.click()
     assert desk.ui.detectButton.enabled
     desk.app.settle(1200)
-    assert desk.panel.detection is None
+    assert desk.panel.detecting.detection is None
 
 
 def test_a_refused_study_says_why(desk):
@@ -637,7 +637,7 @@ def test_training_shows_its_curves_can_be_stopped_and_its_new_model_is_announced
     desk.server.training["encoder"] = {"task": "train encoder", "epoch": 8, "epochs": 20, "history": history}
     desk.wait(lambda: "epoch 8 of 20" in desk.ui.trainingLabel.text)
     assert desk.ui.stopButton.enabled
-    assert desk.panel.curves.series["loss"][-1] == (8, 0.25)
+    assert desk.panel.training.curves.series["loss"][-1] == (8, 0.25)
     assert not desk.ui.newModelLabel.visible
     desk.server.model = {**desk.server.model, "sha256": "b" * 64, "version": "1.1"}
     desk.wait(lambda: "starter 1.1" in desk.ui.newModelLabel.text)
@@ -739,15 +739,17 @@ def test_pictures_of_a_simulated_study_with_a_made_up_detection(desk):
     desk.open("phantom-0001")
     detect(desk)
     desk.ui.positiveButton.click()
-    desk.panel.jump(desk.panel.session.next_open(-1))
+    desk.panel.annotate.jump(desk.panel.session.next_open(-1))
     for _ in range(7):
         desk.key(Key.Key_E)
     desk.key(Key.Key_U)
     desk.paint(middle, emboli[middle])
     desk.ui.candidatesTable.selectRow(0)
-    desk.panel._go_to_candidate()
-    desk.panel.session.decide(desk.panel.detection.candidates[0], "accepted", desk.panel.detection.model.sha256)
-    desk.panel._show_candidates()
+    desk.panel.detecting.go_to_candidate()
+    desk.panel.session.decide(
+        desk.panel.detecting.detection.candidates[0], "accepted", desk.panel.detecting.detection.model.sha256
+    )
+    desk.panel.detecting.show_candidates()
     desk.ui.saveButton.click()
     desk.idle()
     view.node.SetFieldOfView(*(0.62 * n for n in view.node.GetFieldOfView()[:2]), 1)

@@ -113,19 +113,19 @@ class PulmonaryEmbolismTest(ScriptedLoadableModuleTest):
         panel = slicer.modules.PulmonaryEmbolismWidget.panel
         panel.ask = lambda text, choices: choices[0]
         panel.ui.addressBox.setCurrentText(address)
-        panel.connect()
-        self.wait(lambda: panel.rows)
-        panel.open_study(panel.rows[0].study)
+        panel.connection.connect()
+        self.wait(lambda: panel.worklist.rows)
+        panel.study.open(panel.worklist.rows[0].study)
         self.wait(lambda: panel.session is not None)
         before = panel.session.progress[0]
         first = panel.session.open_slices[0]
-        panel.jump(first)
-        panel.mark("none")
+        panel.annotate.jump(first)
+        panel.annotate.mark("none")
         self.assertEqual(panel.session.progress[0], before + 1)
-        panel.save()
+        panel.saving.save()
         self.wait(lambda: not panel.session.unsent)
-        panel.detect()
-        self.wait(lambda: panel.detection is not None and not panel.runner.jobs("detect"), seconds=600)
+        panel.detecting.detect()
+        self.wait(lambda: panel.detecting.detection is not None and not panel.runner.jobs("detect"), seconds=600)
         self.delayDisplay("Opened, marked, saved and detected")
 
     def wait(self, ready, seconds=60):

@@ -203,6 +203,18 @@ def read_masks(path: Path, annotation: Mapping[str, Any]) -> Masks:
     return {k: image.voxels[k] == value for k in indices if 0 <= k < len(image.voxels)}
 
 
+def fetch_masks(client: Client, known: Study, folder: Path, report: Report) -> Masks:
+    """The paint of the server's version of a study."""
+    slices = (known.annotation or {}).get("slices") or ()
+    if not known.tag or not any(s.get("state") == EMBOLISM for s in slices):
+        return {}
+    path = client.download_label(known.row.study, known.tag, folder, report)
+    try:
+        return read_masks(path, known.annotation)
+    finally:
+        path.unlink()
+
+
 class ReviewSession:
     """What one reader decides on one study. Every change counts up ``version``."""
 

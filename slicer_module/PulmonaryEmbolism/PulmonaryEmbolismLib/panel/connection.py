@@ -1,0 +1,76 @@
+"""Server: the address, the token and the reader's name; who answers there."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+
+import qt
+from slicer.i18n import tr as _
+
+from PulmonaryEmbolismLib.client import Client, Server, ServerError
+from PulmonaryEmbolismLib.jobs import Cancelled
+from PulmonaryEmbolismLib.panel import forms
+
+SETTINGS = "PulmonaryEmbolism/"
+KEPT_ADDRESSES = 8
+
+
+class Connection:
+    def __init__(self, panel) -> None:
+        self.panel = panel
+        self.ui = ui = panel.ui
+        forms.on_click([(ui.connectButton, self.connect)])
+        ui.addressBox.lineEdit().connect("returnPressed()", self.connect)
+        ui.tokenEdit.connect("returnPressed()", self.connect)
+        self._restore_settings()
+
+    def connect(self) -> None:
+        ui, runner = self.ui, self.panel.runner
+        try:
+            client = Client(ui.addressBox.currentText, ui.tokenEdit.text, ui.readerEdit.text.strip())
+        except ServerError as error:
+            self._not_connected(error)
+            return
+        runner.drop("connect")
+        ui.serverLabel.text = _("Connecting to {address} …").format(address=client.address)
+        done = functools.partial(self._connected, client)
+        runner.submit("connect", _("Connecting"), lambda job: client.connect(), done, self._not_connected)
+
+    def show_model(self) -> None:
+        """All is well, and which model is served."""
+        self.ui.serverLabel.text = _("Connected. Model: {model}").format(model=self.panel.server.model)
+
+    def show_error(self, error: Exception) -> None:
+        """An error where it stays to be read."""
+        self.ui.serverLabel.text = str(error)
+        self.ui.serverSection.collapsed = False
+
+    def _connected(self, client: Client, server: Server) -> None:
+        self.panel.use(client, server)
+        self._save_settings(client)
+        self.show_model()
+        self.ui.serverSection.collapsed = True
+        self.ui.serverSection.text = _("Server: {address}").format(address=server.address.split("//")[1])
+
+    def _not_connected(self, error: Exception) -> None:
+        self.show_error(Cancelled(_("Cancelled.")) if isinstance(error, Cancelled) else error)
+        self.panel.enable()
+
+    def _restore_settings(self) -> None:
+        settings, ui = qt.QSettings(), self.ui
+        addresses = str(settings.value(SETTINGS + "addresses") or "http://127.0.0.1:8000").split()
+        ui.addressBox.clear()
+        ui.addressBox.addItems(addresses)
+        ui.tokenEdit.text = str(settings.value(SETTINGS + "token") or "")
+        ui.readerEdit.text = str(settings.value(SETTINGS + "reader") or getpass.getuser())
+
+    def _save_settings(self, client: Client) -> None:
+        settings, box = qt.QSettings(), self.ui.addressBox
+        known = [box.itemText(i) for i in range(box.count)]
+        addresses = [client.address, *(a for a in known if a != client.address)][:KEPT_ADDRESSES]
+        settings.setValue(SETTINGS + "addresses", " ".join(addresses))
+        settings.setValue(SETTINGS + "token", client.token)
+        settings.setValue(SETTINGS + "reader", client.reader)
+        box.clear()
+        box.addItems(addresses)

@@ -1,0 +1,207 @@
+"""Study: its label, the draft on disk at every change, the way to the server, and what to do when it does not go."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Optional, Sequence, Set
+
+from slicer.i18n import tr as _
+
+from PulmonaryEmbolismLib import review
+from PulmonaryEmbolismLib.client import Conflict, Saved, ServerError, Study
+from PulmonaryEmbolismLib.jobs import Cancelled, Job
+from PulmonaryEmbolismLib.panel import forms
+
+
+class Saving:
+    def __init__(self, panel) -> None:
+        self.panel = panel
+        self.ui = ui = panel.ui
+        self._sending: Set[str] = set()
+        self._again: Set[str] = set()
+        self._blocked: Set[str] = set()
+        forms.on_click([(ui.saveButton, self.save), (ui.submitButton, self.submit)])
+        forms.on_click((button, functools.partial(self.label, label)) for button, label in self._labels())
+
+    def label(self, label: str) -> None:
+        """Of the study, with one click, with or without slices."""
+        self.panel.session.set_label(label)
+        self.panel.annotate.changed()
+        self.save()
+
+    def keep(self) -> None:
+        """Write the draft at every change, so that a crash of Slicer takes nothing."""
+        self._write(self.panel.session.snapshot())
+
+    def save(self) -> None:
+        """Send what there is."""
+        self.panel.annotate.sync_paint()
+        if self.panel.session.unsent:
+            self._send(self.panel.session.queue())
+        else:
+            self.say(_("Everything is on the server."))
+
+    def submit(self) -> None:
+        """Send as complete; whether it is complete, the server says."""
+        session = self.panel.session
+        if session is None:
+            return
+        self.panel.annotate.sync_paint()
+        if session.unsent:
+            self._send(session.queue(), submitted=True)
+        else:
+            self._submitted(session.open_slices)
+
+    def retry(self) -> None:
+        """Send what could not be sent, of this and earlier days."""
+        drafts, address = self.panel.drafts, self.panel.server.address
+        text = _("Looking for unsent work")
+        self.panel.runner.submit("refresh", text, lambda job: drafts.pending(address), self._resend)
+
+    def unblock(self, study: Optional[str] = None) -> None:
+        """Sending may be tried again: of one study, or of all."""
+        self._blocked = self._blocked - {study} if study else set()
+
+    def say(self, text: str) -> None:
+        self.ui.savedLabel.text = text
+
+    def show(self) -> None:
+        """Which study is open, its label, and whether the server has it all."""
+        session = self.panel.session
+        self.ui.studyLabel.text = session.study if session else _("No study open.")
+        for button, label in self._labels():
+            button.checked = session is not None and session.label == label
+        if session is None:
+            self.say("")
+        elif session.unsent:
+            self.say(_("Changes are kept on this computer, not yet on the server."))
+
+    def _labels(self) -> list:
+        ui = self.ui
+        return [(ui.positiveButton, "positive"), (ui.negativeButton, "negative"), (ui.uncertainButton, "uncertain")]
+
+    def _is_open(self, draft: review.Draft) -> bool:
+        session = self.panel.session
+        return session is not None and session.study == draft.study and session.server == draft.server
+
+    def _write(self, draft: review.Draft) -> None:
+        drafts, panel = self.panel.drafts, self.panel
+        panel.runner.submit("autosave", _("Keeping a draft"), lambda job: drafts.write(draft), None, panel.say)
+
+    # --- to the server
+
+    def _send(self, draft: review.Draft, submitted: bool = False) -> None:
+        if draft.study in self._sending:
+            self._again.add(draft.study)
+            return
+        self._sending.add(draft.study)
+        self._write(draft)
+        client, folder = self.panel.client, self.panel.cache / "outgoing"
+        self.say(_("Sending …"))
+        self.panel.runner.submit(
+            "upload",
+            _("Saving {study}").format(study=draft.study),
+            lambda job: review.send(client, draft, folder, job.report),
+            functools.partial(self._sent, draft, submitted),
+            functools.partial(self._not_sent, draft, submitted),
+        )
+
+    def _sent(self, draft: review.Draft, submitted: bool, saved: Optional[Saved]) -> None:
+        self._sending.discard(draft.study)
+        self.panel.worklist.refresh()
+        if not self._is_open(draft):
+            self._write(draft.acknowledged(saved))
+            return
+        session = self.panel.session
+        session.acknowledge(draft, saved)
+        self.keep()
+        if draft.study in self._again or (submitted and session.unsent):
+            self._again.discard(draft.study)
+            self.save()
+        elif submitted:
+            self._submitted(saved.open_slices if saved else session.open_slices)
+        else:
+            tag = f" ({saved.tag})" if saved else ""
+            self.say(_("Saved on the server{tag} at {time}.").format(tag=tag, time=time.strftime("%H:%M")))
+
+    def _submitted(self, still_open: Sequence[int]) -> None:
+        if not still_open:
+            now = time.strftime("%H:%M")
+            self.say(_("Submitted as complete at {time}. Next study opens another.").format(time=now))
+            return
+        text = _("Saved as a draft: {n} slices of the schedule are open, the first is slice {k}.")
+        self.say(text.format(n=len(still_open), k=still_open[0] + 1))
+        self.panel.annotate.jump(still_open[0])
+
+    def _not_sent(self, draft: review.Draft, submitted: bool, error: Exception) -> None:
+        self._sending.discard(draft.study)
+        self._again.discard(draft.study)
+        if isinstance(error, Conflict):
+            self._conflict(draft, submitted, error)
+            return
+        if isinstance(error, ServerError) and not error.worth_retrying:
+            self._blocked.add(draft.study)
+        what = _("Sending was cancelled") if isinstance(error, Cancelled) else str(error).rstrip(".")
+        self.panel.due["retry"] = time.monotonic()
+        self.say(_("{what}. Your work is kept on this computer and will be sent again.").format(what=what))
+
+    def _resend(self, pending: Sequence[review.Draft]) -> None:
+        for draft in pending:
+            if draft.study in self._blocked or draft.study in self._sending:
+                continue
+            if not self._is_open(draft):
+                self._send(draft)
+            elif self.panel.session.queued:
+                self.save()
+
+    # --- another version is there
+
+    def _conflict(self, draft: review.Draft, submitted: bool, error: Conflict) -> None:
+        """Another version is on the server: ours that was thought lost, or another reader's."""
+        theirs = (error.annotation or {}).get("slices") or []
+        ours = draft.annotation()["slices"]
+        if all(entry in ours for entry in theirs):
+            if self._is_open(draft):
+                self.panel.session.revision = error.revision
+            self._send(dataclasses.replace(draft, based_on=error.revision), submitted)
+        elif self._is_open(draft):
+            self._compare(submitted)
+        else:
+            self._blocked.add(draft.study)
+            self.panel.say(_("Another version of {study} was saved; open it to decide.").format(study=draft.study))
+
+    def _compare(self, submitted: bool) -> None:
+        """Load the server's version and ask."""
+        panel = self.panel
+        client, study, folder = panel.client, panel.session.study, panel.cache / "labels"
+
+        def work(job: Job):
+            known = client.study(study)
+            return known, review.fetch_masks(client, known, folder, job.report)
+
+        text = _("Loading the other version")
+        panel.runner.submit("study", text, work, lambda found: self._decide(submitted, *found), panel.say)
+
+    def _decide(self, submitted: bool, known: Study, masks: review.Masks) -> None:
+        panel, session = self.panel, self.panel.session
+        panel.annotate.sync_paint()
+        slices = (known.annotation or {}).get("slices") or ()
+        readers = sorted({str(s.get("reader") or "?") for s in slices})
+        text = _("Another version of this study was saved meanwhile ({n} slices by {who}). Slices that both reviewed "
+                 "stay yours if you combine them; the server keeps every version.")  # fmt: skip
+        choices = ["Combine both", "Use the server's version", "Decide later"]
+        choice = panel.ask(text.format(n=len(slices), who=", ".join(readers)), choices)
+        if choice == choices[2]:
+            self._blocked.add(known.row.study)
+            self.say(_("Not sent: another version is on the server. Your work is kept on this computer."))
+            return
+        if choice == choices[0]:
+            session.merge(known.annotation, masks, known.revision)
+        else:
+            panel.drafts.set_aside(session.snapshot())
+            session.adopt(known.annotation, masks, known.revision)
+        panel.annotate.repaint_all()
+        if session.unsent:
+            self._send(session.queue(), submitted)
