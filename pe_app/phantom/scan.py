@@ -79,7 +79,9 @@ def make_phantom(
     scan = Scan.draw(body)
     grid, offset_mm = _draw_grid(body, config, patient)
     vessels = grow_vessels(
-        vessels_rng, lambda p: np.asarray(lung_depth(patient, *p.T)), leaves=int(np.clip(1.2 * config.matrix, 100, 600))
+        vessels_rng,
+        lambda p: np.asarray(lung_depth(patient, *p.T)),
+        leaves=int(np.clip(config.matrix**2 / 440, 100, 600)),
     )
     frame = _Frame(np.array(patient.scale), offset_mm)
     clots: list[Clot] = []
