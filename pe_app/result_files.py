@@ -12,7 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from pe_app.detection import NOTICE, Detection
 from pe_app.detector import DetectionResult
@@ -26,6 +28,9 @@ PE_WINDOW_HU = (-250, 450)
 PICTURED_SLICES = 3
 APART_MM = 12.0
 """Pictured slices lie at least this far apart, so that one embolus does not fill the page."""
+
+BODY_HU = -300
+"""Tissue is above, air and lung are below."""
 
 _BACKGROUND, _INK, _MUTED, _ACCENT, _WARNING = "#14181d", "#e8ecf0", "#8d99a6", "#ffb000", "#ff6b5e"
 
@@ -57,22 +62,26 @@ def write_result(
 
 def review_picture(result: DetectionResult, volume: Volume, name: str) -> bytes:
     """A PNG: the study from the front with the evidence beside it, and its strongest slices, plain and overlaid."""
-    figure = Figure(figsize=(15, 8.4), dpi=100, facecolor=_BACKGROUND)
+    figure = Figure(figsize=(16, 6.9), dpi=100, facecolor=_BACKGROUND)
     canvas = FigureCanvasAgg(figure)
     columns = figure.add_gridspec(
-        2, 2 + PICTURED_SLICES, width_ratios=(1.15, 0.55, *(1,) * PICTURED_SLICES),
-        left=0.045, right=0.99, top=0.86, bottom=0.06, wspace=0.06, hspace=0.04,
+        2, 2 + PICTURED_SLICES, width_ratios=(1.5, 0.62, *(1.25,) * PICTURED_SLICES),
+        left=0.012, right=0.992, top=0.82, bottom=0.04, wspace=0.03, hspace=0.03,
     )  # fmt: skip
     detection = result.detection
     chosen = strongest_slices(detection, volume)
     front = figure.add_subplot(columns[:, 0])
     _draw_front(front, volume, result.attention, chosen)
-    _draw_evidence(figure.add_subplot(columns[:, 1]), detection, volume, chosen)
+    _draw_evidence(figure, columns[:, 1], front, detection, volume, chosen)
+    rows, columns_shown = _body_box(volume, chosen)
     for column, slice_index in enumerate(chosen):
         plain = figure.add_subplot(columns[0, 2 + column])
         overlaid = figure.add_subplot(columns[1, 2 + column])
         for axes in (plain, overlaid):
             _draw_slice(axes, volume, slice_index)
+            axes.set_xlim(columns_shown)
+            axes.set_ylim(rows[::-1])
+            axes.set_anchor("N")
         plain.set_title(_slice_title(detection, volume, slice_index), color=_INK, fontsize=10)
         if result.attention is not None:
             _overlay(overlaid, volume, result.attention, slice_index)
@@ -156,8 +165,8 @@ def verdict(detection: Detection) -> str:
 
 
 def _draw_header(figure: Figure, detection: Detection, name: str) -> None:
-    figure.text(0.012, 0.965, name, color=_INK, fontsize=15, weight="bold", va="center")
-    figure.text(0.012, 0.925, verdict(detection), color=_ACCENT, fontsize=13, va="center")
+    figure.text(0.012, 0.962, name, color=_INK, fontsize=15, weight="bold", va="center")
+    figure.text(0.012, 0.918, verdict(detection), color=_ACCENT, fontsize=13, va="center")
     figure.text(0.99, 0.965, NOTICE, color=_WARNING, fontsize=12, weight="bold", va="center", ha="right")
     codes = ", ".join(reason.code for reason in detection.reasons)
     note = f"model {detection.model.name} {detection.model.version}" + (f"   ({codes})" if codes else "")
@@ -178,15 +187,20 @@ def _draw_front(axes: Axes, volume: Volume, attention: Volume | None, chosen: tu
         axes.axhline(slice_index, color=_ACCENT, linewidth=0.8, alpha=0.8)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(-0.5, slices - 0.5)
-    axes.set_anchor("E")
+    axes.set_anchor("C")
     axes.text(0.02, 0.99, "R", color=_INK, transform=axes.transAxes, va="top", fontsize=11)
     axes.text(0.98, 0.99, "L", color=_INK, transform=axes.transAxes, va="top", ha="right", fontsize=11)
     axes.set_title("from the front, attention projected", color=_INK, fontsize=10)
     axes.set_axis_off()
 
 
-def _draw_evidence(axes: Axes, detection: Detection, volume: Volume, chosen: tuple[int, ...]) -> None:
-    axes.set_facecolor(_BACKGROUND)
+def _draw_evidence(
+    figure: Figure, place: SubplotSpec, front: Axes, detection: Detection, volume: Volume, chosen: tuple[int, ...]
+) -> None:
+    """The slab probabilities beside the view from the front, at the same heights."""
+    front.apply_aspect()
+    beside, level = place.get_position(figure), front.get_position()
+    axes = figure.add_axes((beside.x0 + 0.006, level.y0, beside.width - 0.045, level.height), facecolor=_BACKGROUND)
     z_mm = volume.slice_z_mm
     if detection.evidence:
         heights = [slab.z_mm for slab in detection.evidence]
@@ -195,14 +209,25 @@ def _draw_evidence(axes: Axes, detection: Detection, volume: Volume, chosen: tup
         axes.plot(probabilities, heights, color=_ACCENT, linewidth=1.5)
     for slice_index in chosen:
         axes.axhline(z_mm[slice_index], color=_ACCENT, linewidth=0.8, alpha=0.8)
+    half = volume.spacing_mm[0] / 2
     axes.set_xlim(0, 1)
-    axes.set_ylim(z_mm[0], z_mm[-1])
-    axes.set_xticks((0, 0.5, 1))
+    axes.set_ylim(z_mm[0] - half, z_mm[-1] + half)
+    axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
     axes.yaxis.tick_right()
-    axes.tick_params(colors=_MUTED, labelsize=8)
+    axes.tick_params(colors=_MUTED, labelsize=9)
     axes.set_title("slab probability\nover z (mm)", color=_INK, fontsize=10)
     for spine in axes.spines.values():
         spine.set_color(_MUTED)
+
+
+def _body_box(volume: Volume, chosen: tuple[int, ...]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Rows and columns that hold the chest on the pictured slices, so that no picture is wasted on air."""
+    body = ndimage.binary_opening(volume.voxels[list(chosen), ::4, ::4].max(axis=0) > BODY_HU, iterations=3)
+    if not body.any():
+        return (-0.5, volume.shape[1] - 0.5), (-0.5, volume.shape[2] - 0.5)
+    largest = ndimage.find_objects(body.astype(np.uint8))[0]
+    (top, bottom), (left, right) = ((4 * side.start - 6, 4 * side.stop + 6) for side in largest)
+    return (top, bottom), (left, right)
 
 
 def _draw_slice(axes: Axes, volume: Volume, slice_index: int) -> None:
