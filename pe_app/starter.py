@@ -54,12 +54,12 @@ class Recipe:
     """
 
     phantoms: int = 100
-    painted: int = 16
-    held_out: int = 30
+    painted: int = 12
+    held_out: int = 20
     seed: int = 2026
     encoder: EncoderTraining = field(
         default_factory=lambda: EncoderTraining(
-            epochs=6,
+            epochs=4,
             batch=8,
             learning_rate=3e-4,
             seed=1,
@@ -68,7 +68,7 @@ class Recipe:
         )
     )
     classifier: ClassifierTraining = field(
-        default_factory=lambda: ClassifierTraining(epochs=6, batch=4, learning_rate=3e-4, seed=1)
+        default_factory=lambda: ClassifierTraining(epochs=4, batch=4, learning_rate=3e-4, seed=1)
     )
 
 
