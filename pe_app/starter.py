@@ -59,7 +59,7 @@ class Recipe:
     seed: int = 2026
     encoder: EncoderTraining = field(
         default_factory=lambda: EncoderTraining(
-            epochs=4,
+            epochs=7,
             batch=8,
             learning_rate=3e-4,
             seed=1,
@@ -68,7 +68,7 @@ class Recipe:
         )
     )
     classifier: ClassifierTraining = field(
-        default_factory=lambda: ClassifierTraining(epochs=4, batch=4, learning_rate=3e-4, seed=1)
+        default_factory=lambda: ClassifierTraining(epochs=3, batch=4, learning_rate=3e-4, seed=1)
     )
 
 
