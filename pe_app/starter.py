@@ -68,7 +68,7 @@ class Recipe:
         )
     )
     classifier: ClassifierTraining = field(
-        default_factory=lambda: ClassifierTraining(epochs=3, batch=4, learning_rate=3e-4, seed=1)
+        default_factory=lambda: ClassifierTraining(epochs=3, batch=2, learning_rate=3e-4, seed=1)
     )
 
 
