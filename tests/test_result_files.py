@@ -1,0 +1,78 @@
+"""What people open: the pictured slices, and a page that no study name can break."""
+
+import html.parser
+
+import numpy as np
+import pytest
+
+from pe_app.detection import Candidate, Detection, Evidence, ImageIdentity, ModelIdentity
+from pe_app.detector import DetectionResult
+from pe_app.quality import Reason
+from pe_app.result_files import APART_MM, review_page, strongest_slices, verdict, write_result
+from pe_app.volume import Volume, axial_affine
+
+VOLUME = Volume(np.full((40, 32, 32), -1000, np.int16), axial_affine((4.0, 10.0, 10.0)))
+
+
+def detection(probability: float | None = 0.7, candidates: tuple[int, ...] = (), name: str = "m") -> Detection:
+    evidence = tuple(
+        Evidence(k, 4.0 * k, k, float(p), 0.5, (0.0, 0.0, 4.0 * k)) for k, p in enumerate(np.linspace(0, 0.9, 40))
+    )
+    listed = tuple(
+        Candidate(rank, 4.0 * k, k, (0.0, 0.0, 4.0 * k), (10.0, 10.0, 4.0), 1.0, 0.9)
+        for rank, k in enumerate(candidates, start=1)
+    )
+    refused = probability is None
+    reasons = (Reason("no_contrast", "blood of 40 HU", refuses=True),) if refused else ()
+    return Detection(
+        "refused" if refused else "analysed",
+        reasons,
+        probability,
+        0.5,
+        () if refused else evidence,
+        listed,
+        ImageIdentity.of(VOLUME),
+        ModelIdentity(name, "1", "ab" * 32, trained=True),
+        {"total": 1.0},
+    )
+
+
+def test_pictured_slices_are_those_of_candidates_then_of_slabs_and_lie_apart():
+    chosen = strongest_slices(detection(candidates=(10, 11, 20)), VOLUME)
+    assert chosen[:2] == (10, 20)
+    assert chosen[2] == 39  # the strongest slab
+    assert all(abs(a - b) * 4.0 >= APART_MM for a in chosen for b in chosen if a != b)
+
+
+def test_a_refused_study_is_pictured_too_and_says_why(tmp_path):
+    write_result(DetectionResult(detection(None), None), VOLUME, tmp_path, "study")
+    assert {path.name for path in tmp_path.iterdir()} == {"detection.json", "review.png", "index.html"}
+    assert "no_contrast" in (tmp_path / "index.html").read_text()
+    assert verdict(detection(None)) == "Not analysed: no_contrast"
+
+
+def test_an_attention_volume_of_an_earlier_detection_does_not_outlive_a_refusal(tmp_path):
+    attention = Volume(np.zeros((5, 4, 4), np.uint8), axial_affine((30.0, 80.0, 80.0)))
+    write_result(DetectionResult(detection(), attention), VOLUME, tmp_path, "study")
+    assert (tmp_path / "attention.nrrd").exists()
+    write_result(DetectionResult(detection(None), None), VOLUME, tmp_path, "study")
+    assert not (tmp_path / "attention.nrrd").exists()
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "{name}", '"><img src=x onerror=alert(1)>', "a&b"])
+def test_no_name_breaks_the_page(hostile):
+    class Tags(html.parser.HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.text = [], ""
+
+        def handle_starttag(self, tag, attrs):
+            self.seen.append((tag, dict(attrs).get("onerror")))
+
+        def handle_data(self, data):
+            self.text += data
+
+    page = Tags()
+    page.feed(review_page(detection(name=hostile), b"png", hostile))
+    assert not any(tag == "script" or onerror for tag, onerror in page.seen)
+    assert hostile in page.text
