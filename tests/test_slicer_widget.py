@@ -624,6 +624,60 @@ def test_a_refused_study_says_why(desk):
     desk.shot("refused")
 
 
+def test_the_stored_detection_is_shown_at_once_and_its_attention_comes_with_the_overlay(desk):
+    known = desk.server.studies["study-1"]
+    known["detection"] = {**known["detects"], "model": desk.server.model}
+    desk.connect()
+    desk.open("study-1")
+    assert "P(PE) 0.91" in desk.ui.probabilityLabel.text
+    assert len(desk.panel.detecting.curve.evidence) == len(known["detects"]["evidence"])
+    assert desk.ui.candidatesTable.rowCount == 2
+    assert ("POST", "/infer/detection") not in desk.server.requests
+    composite = desk.app.headless.scene.GetFirstNodeByClass("vtkMRMLSliceCompositeNode")
+    desk.ui.overlayButton.click()
+    desk.wait(lambda: desk.ui.activityLabel.text.startswith(("Loading the attention", "Detecting")))
+    assert composite.GetForegroundVolumeID() is None
+    desk.wait(lambda: composite.GetForegroundVolumeID() is not None)
+    assert desk.ui.overlayButton.checked
+    assert desk.server.requests.count(("POST", "/infer/detection")) == 1
+    desk.key(Key.Key_O)
+    assert composite.GetForegroundVolumeID() is None
+
+
+def test_a_candidate_of_the_stored_detection_is_accepted_once_its_attention_is_there(desk):
+    known = desk.server.studies["study-1"]
+    known["detection"] = {**known["detects"], "model": desk.server.model}
+    desk.connect()
+    desk.open("study-1")
+    desk.ui.candidatesTable.selectRow(0)
+    desk.ui.candidatesTable.cellClicked.emit(0, 0)
+    desk.ui.acceptButton.click()
+    desk.wait(lambda: desk.panel.session.state(CLOT_SLICE) == "embolism")
+    assert not desk.ui.overlayButton.checked
+
+
+def test_an_attention_that_cannot_be_had_leaves_the_overlay_off(desk):
+    known = desk.server.studies["study-1"]
+    known["detection"] = {**known["detects"], "model": desk.server.model}
+    desk.connect()
+    desk.open("study-1")
+    desk.idle()
+    desk.server.down = True
+    desk.ui.overlayButton.click()
+    desk.wait(lambda: not desk.ui.overlayButton.checked)
+    assert "P(PE) 0.91" in desk.ui.probabilityLabel.text
+
+
+def test_closing_the_scene_takes_the_detection_off_the_panel(desk):
+    desk.connect()
+    desk.open("study-1")
+    detect(desk)
+    desk.panel.scene_closed()
+    assert desk.ui.probabilityLabel.text == ""
+    assert desk.ui.candidatesTable.rowCount == 0
+    assert desk.panel.detecting.curve.evidence == []
+
+
 # --- training
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional
+import functools
+from typing import Callable, Optional
 
 from slicer.i18n import tr as _
 
@@ -37,6 +38,10 @@ class Detecting:
     # --- asking the model
 
     def detect(self) -> None:
+        self._ask(_("Detecting"), self._detected)
+
+    def _ask(self, text: str, done: Callable) -> None:
+        """In the background; ``done(detection, attention)``. The server answers at once what it knows already."""
         panel = self.panel
         client, study, folder = panel.client, panel.session.study, panel.cache / "attention"
         panel.runner.drop("detect")
@@ -49,14 +54,13 @@ class Detecting:
                 path.unlink()
             return detection, attention
 
-        panel.runner.submit("detect", _("Detecting"), work, lambda found: self._detected(*found), self._not_detected)
+        panel.runner.submit("detect", text, work, lambda found: done(*found), self._not_detected)
         panel.enable()
 
     def show(self, detection: Optional[Detection], attention: Optional[images.Image]) -> None:
-        """What the model says, in words, as a curve and as a list; the overlay is off until it is asked for."""
+        """What the model says, in words, as a curve and as a list."""
         ui = self.ui
         self.detection, self.attention = detection, attention
-        ui.overlayButton.checked = False
         if attention is not None and detection is not None and not detection.refused:
             self.panel.nodes.show_attention(attention)
             self.panel.nodes.show_candidates(detection.candidates)
@@ -71,8 +75,9 @@ class Detecting:
         self.panel.enable()
 
     def forget(self) -> None:
-        """The study was put away."""
-        self.detection = self.attention = None
+        """The study was put away: nothing of it stays on the panel."""
+        self.ui.overlayButton.checked = False
+        self.show(None, None)
 
     def show_new_model(self) -> None:
         """Whether the model that spoke is no longer the one that is served."""
@@ -85,18 +90,27 @@ class Detecting:
     def enable(self) -> None:
         ui, is_open = self.ui, self.panel.session is not None
         ui.detectButton.enabled = is_open and not self.panel.runner.jobs("detect")
-        ui.overlayButton.enabled = ui.opacitySlider.enabled = ui.thresholdSlider.enabled = self.attention is not None
-        chosen = is_open and self._candidate() is not None
-        ui.acceptButton.enabled = chosen and self.attention is not None
-        begin = _("Begin a region from the attention here, and correct it")
-        ui.acceptButton.toolTip = begin if self.attention is not None else _("Detect first: the region begins from it")
-        ui.rejectButton.enabled = chosen
+        ui.overlayButton.enabled = is_open and self.detection is not None and not self.detection.refused
+        ui.opacitySlider.enabled = ui.thresholdSlider.enabled = self.attention is not None
+        ui.acceptButton.enabled = ui.rejectButton.enabled = is_open and self._candidate() is not None
 
     def _detected(self, detection: Detection, attention: Optional[images.Image]) -> None:
+        self.ui.overlayButton.checked = False
         self.show(detection, attention)
         self.panel.worklist.refresh()
 
+    def _fetch_attention(self, accepted: Optional[Candidate] = None) -> None:
+        """The attention of a detection of an earlier day; then accept a candidate that waits for it."""
+        self._ask(_("Loading the attention"), functools.partial(self._fetched, accepted))
+
+    def _fetched(self, accepted: Optional[Candidate], detection: Detection, attention: Optional[images.Image]) -> None:
+        self.ui.overlayButton.checked = self.ui.overlayButton.checked and attention is not None
+        self.show(detection, attention)
+        if attention is not None and accepted in detection.candidates:
+            self._accept(accepted)
+
     def _not_detected(self, error: Exception) -> None:
+        self.ui.overlayButton.checked = self.ui.overlayButton.checked and self.attention is not None
         self.panel.say(_("The detection was cancelled.") if isinstance(error, Cancelled) else error)
         self.panel.enable()
 
@@ -127,9 +141,14 @@ class Detecting:
 
     def accept(self) -> None:
         """Begin a region on the candidate's slice, added to what is painted there; the reader corrects it."""
-        candidate, panel, annotate = self._candidate(), self.panel, self.panel.annotate
-        if candidate is None or self.attention is None:
-            return
+        candidate = self._candidate()
+        if candidate is not None and self.attention is None:
+            self._fetch_attention(candidate)
+        elif candidate is not None:
+            self._accept(candidate)
+
+    def _accept(self, candidate: Candidate) -> None:
+        panel, annotate = self.panel, self.panel.annotate
         annotate.sync_paint()
         annotate.jump(candidate.slice_index)
         k, session = annotate.current(), panel.session
@@ -168,8 +187,11 @@ class Detecting:
 
     def show_overlay(self) -> None:
         nodes, ui = self.panel.nodes, self.ui
-        if nodes is not None:
-            nodes.set_overlay(ui.overlayButton.checked, ui.opacitySlider.value, ui.thresholdSlider.value)
+        if nodes is None:
+            return
+        if ui.overlayButton.checked and self.attention is None and not self.panel.runner.jobs("detect"):
+            self._fetch_attention()
+        nodes.set_overlay(ui.overlayButton.checked, ui.opacitySlider.value, ui.thresholdSlider.value)
 
 
 def _probability_words(detection: Optional[Detection]) -> str:
