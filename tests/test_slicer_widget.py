@@ -505,6 +505,90 @@ def test_taking_the_servers_version_keeps_ones_own_in_a_file(desk):
     assert len(desk.server.studies["study-1"]["versions"]) == 1
 
 
+def test_paint_that_has_not_rested_yet_is_not_lost_by_undo(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.key(Key.Key_E)
+    desk.panel.nodes.paint({CLOT_SLICE: clot()})
+    desk.panel.annotate.painted()
+    desk.ui.undoButton.click()
+    assert desk.panel.session.state(4) == ""
+    assert np.array_equal(desk.panel.session.masks[CLOT_SLICE], clot())
+
+
+def test_paint_made_while_the_next_study_loads_reaches_the_server(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.panel.annotate.jump(CLOT_SLICE)
+    desk.panel.study.open("study-2")
+    desk.panel.nodes.paint({CLOT_SLICE: clot()})
+    desk.panel.annotate.painted_at = time.monotonic() + 60  # the brush is still down
+    desk.wait(lambda: desk.panel.session is not None and desk.panel.session.study == "study-2")
+    desk.wait(lambda: desk.server.studies["study-1"]["annotation"] is not None)
+    slices = desk.server.studies["study-1"]["annotation"]["slices"]
+    assert [s["slice_index"] for s in slices] == [CLOT_SLICE]
+
+
+def test_what_changed_during_an_upload_follows_it_though_the_study_was_left(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.idle()
+    desk.key(Key.Key_E)
+    desk.server.slow_seconds = 1.5
+    desk.ui.saveButton.click()
+    desk.app.settle(300)
+    desk.server.slow_seconds = 0
+    desk.key(Key.Key_U)
+    desk.open("study-2")
+    desk.wait(lambda: len(desk.server.studies["study-1"]["versions"]) == 2)
+    assert [s["state"] for s in desk.server.studies["study-1"]["annotation"]["slices"]] == ["none", "uncertain"]
+    desk.idle()
+    assert desk.questions == []
+    assert desk.panel.drafts.pending(desk.server.address) == []
+
+
+def test_a_submission_during_an_upload_is_answered_as_a_submission(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.key(Key.Key_E)
+    desk.ui.saveButton.click()
+    desk.panel.annotate.jump(30)
+    desk.ui.submitButton.click()
+    desk.wait(lambda: "slices of the schedule are open" in desk.ui.savedLabel.text)
+    assert desk.slice == 8
+
+
+def test_a_conflict_is_asked_about_once_however_long_the_reader_thinks(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.key(Key.Key_E)
+    other_version(desk)
+
+    def think(text, choices):
+        desk.questions.append(text)
+        desk.panel.due["retry"] = 0
+        desk.app.settle(400)
+        return "Combine both"
+
+    desk.panel.ask = think
+    desk.ui.saveButton.click()
+    desk.wait(lambda: "Saved on the server" in desk.ui.savedLabel.text)
+    assert len(desk.questions) == 1
+
+
+def test_work_that_the_server_refuses_is_not_promised_to_be_sent_again(desk, monkeypatch):
+    import fake_server
+
+    desk.connect()
+    desk.open("study-1")
+    refuse = lambda self, path: self._json(403, {"detail": "you may not write"})  # noqa: E731
+    monkeypatch.setattr(fake_server._Handler, "put_datastore_label", refuse)
+    desk.key(Key.Key_E)
+    desk.ui.saveButton.click()
+    desk.wait(lambda: "you may not write" in desk.ui.savedLabel.text)
+    assert desk.ui.savedLabel.text.endswith("Save sends it again.")
+
+
 def test_closing_the_scene_keeps_the_review(desk):
     import slicer
 

@@ -146,6 +146,7 @@ class Annotate:
             self.panel.say(_("All slices of the schedule are reviewed. Submit with Ctrl+Enter."))
 
     def undo(self) -> None:
+        self.sync_paint()
         k = self.panel.session.undo()
         if k is not None:
             self.repaint(k)

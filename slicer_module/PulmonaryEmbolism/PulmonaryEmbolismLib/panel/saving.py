@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import Optional, Sequence, Set
+from typing import Dict, Optional, Sequence, Set, Tuple
 
 from slicer.i18n import tr as _
 
@@ -20,7 +20,7 @@ class Saving:
         self.panel = panel
         self.ui = ui = panel.ui
         self._sending: Set[str] = set()
-        self._again: Set[str] = set()
+        self._again: Dict[str, Tuple[review.Draft, bool]] = {}
         self._blocked: Set[str] = set()
         forms.on_click([(ui.saveButton, self.save), (ui.submitButton, self.submit)])
         forms.on_click((button, functools.partial(self.label, label)) for button, label in self._labels())
@@ -93,11 +93,11 @@ class Saving:
     # --- to the server
 
     def _send(self, draft: review.Draft, submitted: bool = False) -> None:
+        self._write(draft)
         if draft.study in self._sending:
-            self._again.add(draft.study)
+            self._again[draft.study] = (draft, submitted)
             return
         self._sending.add(draft.study)
-        self._write(draft)
         client, folder = self.panel.client, self.panel.cache / "outgoing"
         self.say(_("Sending …"))
         self.panel.runner.submit(
@@ -110,15 +110,22 @@ class Saving:
 
     def _sent(self, draft: review.Draft, submitted: bool, saved: Optional[Saved]) -> None:
         self._sending.discard(draft.study)
+        self._blocked.discard(draft.study)
+        later, submitted_later = self._again.pop(draft.study, (None, False))
         self.panel.worklist.refresh()
         if not self._is_open(draft):
-            self._write(draft.acknowledged(saved))
+            known = draft.acknowledged(saved)
+            if later is None:
+                self._write(known)
+            else:
+                self._send(dataclasses.replace(later, based_on=known.based_on))
             return
         session = self.panel.session
         session.acknowledge(draft, saved)
         self.keep()
-        if draft.study in self._again or (submitted and session.unsent):
-            self._again.discard(draft.study)
+        if submitted_later or (submitted and session.unsent):
+            self.submit()
+        elif later is not None:
             self.save()
         elif submitted:
             self._submitted(saved.open_slices if saved else session.open_slices)
@@ -137,15 +144,17 @@ class Saving:
 
     def _not_sent(self, draft: review.Draft, submitted: bool, error: Exception) -> None:
         self._sending.discard(draft.study)
-        self._again.discard(draft.study)
+        self._again.pop(draft.study, None)
         if isinstance(error, Conflict):
             self._conflict(draft, submitted, error)
             return
-        if isinstance(error, ServerError) and not error.worth_retrying:
-            self._blocked.add(draft.study)
         what = _("Sending was cancelled") if isinstance(error, Cancelled) else str(error).rstrip(".")
         self.panel.due["retry"] = time.monotonic()
-        self.say(_("{what}. Your work is kept on this computer and will be sent again.").format(what=what))
+        if isinstance(error, ServerError) and not error.worth_retrying:
+            self._blocked.add(draft.study)
+            self.say(_("{what}. Your work is kept on this computer; Save sends it again.").format(what=what))
+        else:
+            self.say(_("{what}. Your work is kept on this computer and will be sent again.").format(what=what))
 
     def _resend(self, pending: Sequence[review.Draft]) -> None:
         for draft in pending:
@@ -167,6 +176,7 @@ class Saving:
                 self.panel.session.revision = error.revision
             self._send(dataclasses.replace(draft, based_on=error.revision), submitted)
         elif self._is_open(draft):
+            self._blocked.add(draft.study)  # not sent again while the reader is asked
             self._compare(submitted)
         else:
             self._blocked.add(draft.study)
@@ -182,7 +192,13 @@ class Saving:
             return known, review.fetch_masks(client, known, folder, job.report)
 
         text = _("Loading the other version")
-        panel.runner.submit("study", text, work, lambda found: self._decide(submitted, *found), panel.say)
+        panel.runner.drop("compare")
+        done, failed = lambda found: self._decide(submitted, *found), functools.partial(self._not_compared, study)
+        panel.runner.submit("compare", text, work, done, failed)
+
+    def _not_compared(self, study: str, error: Exception) -> None:
+        self._blocked.discard(study)
+        self.panel.say(error)
 
     def _decide(self, submitted: bool, known: Study, masks: review.Masks) -> None:
         panel, session = self.panel, self.panel.session
@@ -194,7 +210,6 @@ class Saving:
         choices = ["Combine both", "Use the server's version", "Decide later"]
         choice = panel.ask(text.format(n=len(slices), who=", ".join(readers)), choices)
         if choice == choices[2]:
-            self._blocked.add(known.row.study)
             self.say(_("Not sent: another version is on the server. Your work is kept on this computer."))
             return
         if choice == choices[0]:
@@ -202,6 +217,7 @@ class Saving:
         else:
             panel.drafts.set_aside(session.snapshot())
             session.adopt(known.annotation, masks, known.revision)
+        self._blocked.discard(session.study)
         panel.annotate.repaint_all()
         if session.unsent:
             self._send(session.queue(), submitted)

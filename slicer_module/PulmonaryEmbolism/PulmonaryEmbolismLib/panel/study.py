@@ -42,11 +42,13 @@ class OpenStudy:
         panel = self.panel
         panel.runner.drop("detect")
         panel.runner.drop("propose")
+        panel.runner.drop("compare")
         if panel.session is None:
             return
         client, study = panel.client, panel.session.study
         panel.runner.submit("release", _("Closing"), lambda job: client.release(study))
         if panel.nodes is not None:
+            panel.annotate.sync_paint()
             panel.unobserve(panel.nodes.segmentation.GetSegmentation())
             panel.nodes.close()
         panel.session = panel.nodes = None
@@ -86,6 +88,10 @@ class OpenStudy:
 
     def _loaded(self, study: Study, image: images.Image, masks: review.Masks, draft: Optional[review.Draft]) -> None:
         panel = self.panel
+        if panel.session is not None:
+            panel.annotate.sync_paint()
+            if panel.session.unsent:
+                panel.saving.save()
         self.close()
         session = review.ReviewSession(panel.server.address, study, image, panel.client.reader)
         session.adopt(study.annotation, masks, study.revision)
