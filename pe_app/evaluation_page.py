@@ -356,7 +356,10 @@ def _strata(evaluation: Evaluation) -> Section:
                  _share(point.specificity))
             )  # fmt: skip
     head = ("model", "by", "stratum", "studies", "positive", "AUC", "sensitivity", "specificity")
-    text = ("Strata are small: look for large differences, and test them on new studies.",)
+    text = (
+        "Strata are small: look for large differences, and test them on new studies. DeLong intervals of a handful of "
+        "studies are too narrow; that of a perfect AUC is a point.",
+    )
     return Section("Strata", text, Table(head, tuple(rows)) if rows else None)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+import pe_app
 from pe_app.detection import Detection
 from pe_app.detector import DetectionResult
 from pe_app.volume import Volume
@@ -35,7 +36,7 @@ class Analysis:
 class PredictionFile:
     """Detections with their maps, one JSON line each, found by the SHA-256 of model and image; only ever appended to.
 
-    A line that an interruption tore, or of another version, is passed over and made again.
+    A line that an interruption tore, or of another version of the program, is passed over and made again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +81,7 @@ class PredictionFile:
 
 
 def _encoded(result: DetectionResult) -> bytes:
-    payload: dict[str, object] = {"detection": result.detection.to_json(), "maps": None}
+    payload: dict[str, object] = {"program": pe_app.__version__, "detection": result.detection.to_json(), "maps": None}
     if result.maps is not None and result.attention is not None:
         # float16 keeps a map to 0.05%; as text, 20 to 40 kB a study at full size
         packed = zlib.compress(result.maps.astype("<f2").tobytes(), 6)
@@ -96,6 +97,8 @@ def _decoded(line: bytes) -> Analysis | None:
     """None for a line that is torn or not of this version."""
     try:
         payload = json.loads(line)
+        if payload["program"] != pe_app.__version__:
+            return None
         detection = Detection.from_json(payload["detection"])
         kept = payload["maps"]
         if (kept is None) != (detection.status == "refused"):
