@@ -589,15 +589,17 @@ def _write_pdf(path: Path, warnings: Sequence[str], sections: Sequence[Section],
         lines += [(line, "#ff6b5e") for line in textwrap.wrap(warning, _COLUMNS)]
     with PdfPages(path, metadata={"Title": "Evaluation", "Subject": NOTICE}) as pdf:
         for section in sections:
+            if section.figure:
+                _text_pages(pdf, lines)
+                lines = []
+                section.figure.text(0.005, 0.995, section.title, color=INK, fontsize=10, weight="bold", va="top")
+                pdf.savefig(section.figure, facecolor=BACKGROUND)
+                continue
             lines += [("", INK), (section.title, "#heading")]
             for paragraph in section.text:
                 lines += [(line, INK) for line in textwrap.wrap(paragraph, _COLUMNS)]
             if section.table:
                 lines += [("", INK), *_text_table(section.table)]
-            if section.figure:
-                _text_pages(pdf, lines)
-                lines = []
-                pdf.savefig(section.figure, facecolor=BACKGROUND)
         _text_pages(pdf, [*lines, ("", INK), (footer, MUTED)])
 
 
@@ -643,7 +645,7 @@ p {{ margin: .3rem 0; max-width: 75rem; }} img {{ width: 100%; border-radius: 6p
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .88rem;
   font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #2b333c; }}
-th {{ color: #8d99a6; }} td:last-child {{ overflow-wrap: anywhere; }} .muted {{ color: #8d99a6; }}
+th {{ color: #8d99a6; }} td:last-child {{ overflow-wrap: break-word; }} .muted {{ color: #8d99a6; }}
 </style></head><body>
 <h1>Evaluation</h1>
 {body}
