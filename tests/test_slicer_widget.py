@@ -191,6 +191,33 @@ def test_a_slow_server_is_waited_for_with_words_and_can_be_cancelled(desk):
     assert desk.ui.serverLabel.text == "Cancelled."
 
 
+def test_an_answer_of_the_former_server_is_dropped_when_another_is_connected(desk, tmp_path):
+    other = FakeServer()
+    add_chest(other, "study-3", tmp_path)
+    desk.connect()
+    desk.server.slow_seconds = 1.0
+    desk.panel.study.open("study-1")
+    desk.app.settle(100)
+    desk.ui.addressBox.setCurrentText(other.address)
+    desk.ui.connectButton.click()
+    desk.wait(lambda: [row.study for row in desk.panel.worklist.rows] == ["study-3"])
+    desk.app.settle(1500)
+    other.close()
+    assert desk.panel.session is None
+    assert desk.panel.server.address == other.address
+
+
+def test_connecting_again_under_another_name_signs_what_follows_with_it(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.key(Key.Key_E)
+    desk.ui.readerEdit.text = "Bo"
+    desk.ui.connectButton.click()
+    desk.wait(lambda: desk.panel.client.reader == "Bo")
+    desk.key(Key.Key_E)
+    assert [mark.reader for mark in desk.panel.session.snapshot().marks] == ["Ada", "Bo"]
+
+
 # --- worklist
 
 

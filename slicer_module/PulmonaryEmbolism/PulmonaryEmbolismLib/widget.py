@@ -31,7 +31,7 @@ REFRESH_SECONDS = 60.0
 LEASE_SECONDS = 300.0
 TRAINING_SECONDS = 2.0
 
-QUIET = ("autosave", "refresh", "training", "release")
+QUIET = ("autosave", "retry", "refresh", "training", "release")
 """Groups of jobs that nobody waits for."""
 
 
@@ -163,8 +163,10 @@ class Panel:
     def use(self, client: Client, server: Server) -> None:
         """Work with this server from now on."""
         if self.server is not None and self.server.address != server.address:
-            self.study.close()
+            self._leave_server()
         self.client, self.server = client, server
+        if self.session is not None:
+            self.session.reader = client.reader
         self.saving.unblock()
         self.worklist.show_strategies(server)
         self.ui.worklistSection.collapsed = False
@@ -172,6 +174,13 @@ class Panel:
         self.due.update(refresh=now, lease=now, retry=now - RETRY_SECONDS, training=now - TRAINING_SECONDS)
         self.enable()
         self.worklist.refresh()
+
+    def _leave_server(self) -> None:
+        """What it still answers belongs to it alone; what it has not acknowledged waits in the drafts."""
+        self.study.close()
+        for group in ("study", "upload", "retry", "refresh", "train", "training"):
+            self.runner.drop(group)
+        self.saving.forget()
 
     def say(self, what) -> None:
         """A sentence in the status bar; an error also where it stays to be read."""

@@ -58,11 +58,16 @@ class Saving:
         """Send what could not be sent, of this and earlier days."""
         drafts, address = self.panel.drafts, self.panel.server.address
         text = _("Looking for unsent work")
-        self.panel.runner.submit("refresh", text, lambda job: drafts.pending(address), self._resend)
+        self.panel.runner.submit("retry", text, lambda job: drafts.pending(address), self._resend)
 
     def unblock(self, study: Optional[str] = None) -> None:
         """Sending may be tried again: of one study, or of all."""
         self._blocked = self._blocked - {study} if study else set()
+
+    def forget(self) -> None:
+        """Another server was connected: nothing is under way."""
+        self._sending.clear()
+        self._again.clear()
 
     def say(self, text: str) -> None:
         self.ui.savedLabel.text = text
