@@ -370,6 +370,21 @@ def test_fill_between_slices_stays_a_proposal_until_it_is_taken(desk):
     assert desk.panel.nodes.proposal() == {}
 
 
+def test_the_brush_paints_embolism_whatever_segment_was_chosen_in_the_editor(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.panel.editor_node.SetSelectedSegmentID("_guard")
+    desk.wait(lambda: desk.panel.editor_node.GetSelectedSegmentID() == "embolism")
+
+
+def test_the_segment_editors_keys_work_while_the_module_is_shown(desk):
+    assert desk.ui.editor.keys
+    desk.widget.exit()
+    assert not desk.ui.editor.keys
+    desk.widget.enter()
+    assert desk.ui.editor.keys
+
+
 def test_a_click_on_the_strip_goes_there(desk):
     desk.connect()
     desk.open("study-1")
@@ -813,6 +828,26 @@ def test_training_shows_its_curves_can_be_stopped_and_its_new_model_is_announced
     desk.wait(lambda: "Not running" in desk.ui.trainingLabel.text)
     detect(desk)
     assert not desk.ui.newModelLabel.visible
+
+
+def test_the_training_that_runs_is_the_one_that_is_shown(desk):
+    desk.server.training = {
+        "encoder": {"task": "train encoder", "state": "running", "epoch": 3, "epochs": 20, "history": []},
+        "classifier": {"task": "train classifier", "state": "finished", "epoch": 50, "epochs": 50, "history": []},
+        "running": True,
+    }
+    desk.connect()
+    desk.ui.trainSection.collapsed = False
+    desk.wait(lambda: "train encoder, epoch 3 of 20" in desk.ui.trainingLabel.text)
+
+
+def test_a_model_that_somebody_else_trained_is_announced(desk):
+    desk.connect()
+    desk.open("study-1")
+    detect(desk)
+    desk.server.model = {**desk.server.model, "sha256": "b" * 64, "version": "1.1"}
+    desk.ui.refreshButton.click()
+    desk.wait(lambda: "starter 1.1" in desk.ui.newModelLabel.text)
 
 
 def test_a_large_ct_is_read_without_a_request_or_a_file_on_the_main_thread(desk, monkeypatch):

@@ -183,7 +183,7 @@ class qMRMLSegmentEditorWidget(Widget):  # noqa: N801
 
     def __init__(self, parent=None) -> None:
         super().__init__(parent)
-        self.node, self.effect, self.observing, self.effects = None, None, False, []
+        self.node, self.effect, self.observing, self.keys, self.effects = None, None, False, False, []
         column = QtWidgets.QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         label = QtWidgets.QLabel("Segment Editor: Paint  Draw  Erase  Threshold  Islands")
@@ -207,6 +207,12 @@ class qMRMLSegmentEditorWidget(Widget):  # noqa: N801
 
     def setActiveEffect(self, effect) -> None:  # noqa: N802
         self.effect = effect
+
+    def installKeyboardShortcuts(self) -> None:  # noqa: N802
+        self.keys = True
+
+    def uninstallKeyboardShortcuts(self) -> None:  # noqa: N802
+        self.keys = False
 
     def setupViewObservations(self) -> None:  # noqa: N802
         self.observing = True

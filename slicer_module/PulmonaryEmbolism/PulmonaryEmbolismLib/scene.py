@@ -124,6 +124,11 @@ class StudyScene:
             return
         self._replace(EMBOLISM, masks)
 
+    def select_paint(self) -> None:
+        """The brush paints embolism, whichever segment was chosen in the Segment Editor's table or by its keys."""
+        if self._editor.GetSegmentationNode() is self.segmentation and self._editor.GetSelectedSegmentID() != EMBOLISM:
+            self._editor.SetSelectedSegmentID(EMBOLISM)
+
     def guard(self, k: Optional[int]) -> None:
         """Confine the Segment Editor's paint to slice ``k``; None forbids paint everywhere."""
         if k == self._guarded and self._guard_is_whole():

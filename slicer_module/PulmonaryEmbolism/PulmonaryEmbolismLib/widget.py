@@ -82,6 +82,7 @@ class Panel:
         if self._shortcuts:
             return
         self.ui.editor.setupViewObservations()
+        self.ui.editor.installKeyboardShortcuts()
         annotate = self.annotate
         for key, handler in (
             ("N", functools.partial(annotate.step, 1)),
@@ -102,6 +103,7 @@ class Panel:
         """The module is left: its keys and its brush do not stay behind."""
         self.annotate.sync_paint()
         self.ui.editor.setActiveEffect(None)
+        self.ui.editor.uninstallKeyboardShortcuts()
         self.ui.editor.removeViewObservations()
         self._remove_keys()
         self.unobserve(self.red_node())
@@ -134,6 +136,8 @@ class Panel:
         self.runner.poll()
         self._show_activity()
         self.annotate.settle()
+        if self.nodes is not None:
+            self.nodes.select_paint()
         if self.server is None:
             return
         now = time.monotonic()

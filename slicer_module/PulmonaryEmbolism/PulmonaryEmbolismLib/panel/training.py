@@ -52,7 +52,8 @@ class Training:
         self.panel.server = server
         stages = [status.get(stage) for stage in ("encoder", "classifier")]
         known = [stage for stage in stages if isinstance(stage, dict)]
-        latest = known[-1] if known else {}
+        running = [stage for stage in known if stage.get("state") == "running"]
+        latest = (running or known or [{}])[-1]
         history = latest.get("history") or []
         text = _("Running") if self._running else _("Not running")
         if latest:

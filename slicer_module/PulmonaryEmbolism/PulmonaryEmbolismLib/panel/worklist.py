@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from typing import Callable, List, Sequence
 
 from slicer.i18n import tr as _
 
@@ -41,11 +41,12 @@ class Worklist:
         self.ui.strategyBox.addItems([name.replace("_", " ") for name in server.strategies])
 
     def refresh(self) -> None:
-        """Ask for the worklist, quietly."""
+        """Ask for the worklist and for the model that is served, quietly."""
         client, runner = self.panel.client, self.panel.runner
         runner.drop("refresh")
         failed = self.panel.connection.show_error
-        runner.submit("refresh", _("Worklist"), lambda job: client.worklist(), self._refreshed, failed)
+        work: Callable = lambda job: (client.worklist(), client.connect())  # noqa: E731
+        runner.submit("refresh", _("Worklist"), work, lambda found: self._refreshed(*found), failed)
 
     def sort(self, column: int) -> None:
         """By a column's heading; again, the other way round."""
@@ -70,9 +71,11 @@ class Worklist:
         self.ui.openButton.enabled = connected and bool(self._selected_study())
         self.ui.nextButton.enabled = connected and self.ui.strategyBox.count > 0
 
-    def _refreshed(self, rows: Sequence[Row]) -> None:
+    def _refreshed(self, rows: Sequence[Row], server: Server) -> None:
         self.rows = rows
+        self.panel.server = server
         self.panel.connection.show_model()
+        self.panel.detecting.show_new_model()
         self._show()
 
     def _next(self, study: str) -> None:
