@@ -10,8 +10,10 @@ import pytest
 import slicer_paths  # noqa: F401
 from fake_server import FakeServer
 from phantoms import CLOT_SLICE, SHAPE, add_chest, chest
-from PulmonaryEmbolismLib.client import Client, Conflict, Detection, ServerError, normalised_address
+from PulmonaryEmbolismLib.answers import Detection
+from PulmonaryEmbolismLib.client import Client
 from PulmonaryEmbolismLib.images import read_image
+from PulmonaryEmbolismLib.transport import Conflict, ServerError, normalised_address
 
 
 def silent(text, done=0, total=0):
@@ -88,7 +90,7 @@ def test_each_way_of_not_connecting_has_its_own_sentence(server, client):
 
 
 def test_a_server_that_never_answers_is_given_up_with_a_sentence(monkeypatch):
-    import PulmonaryEmbolismLib.client as module
+    import PulmonaryEmbolismLib.transport as module
 
     monkeypatch.setattr(module, "READ_SECONDS", 0.2)
     with socket.socket() as mute:

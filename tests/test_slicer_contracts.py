@@ -88,8 +88,8 @@ def test_nothing_runs_when_a_file_is_imported(path):
         assert docstring or isinstance(node, allowed), f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("name", ["client", "jobs", "images", "review"])
-def test_client_jobs_images_and_review_know_no_slicer(name):
+@pytest.mark.parametrize("name", ["answers", "transport", "client", "jobs", "images", "drafts", "review", "proposals"])
+def test_what_decides_and_what_asks_the_server_knows_no_slicer(name):
     names = {name.partition(".")[0] for name in imported(ast.walk(tree(LIBRARY / f"{name}.py")))}
     assert not names & {"slicer", "vtk", "qt", "ctk"}
 
@@ -122,7 +122,7 @@ def test_a_section_of_the_panel_imports_no_other_section(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_file_is_read_in_one_sitting(path):
-    assert len(path.read_text().splitlines()) <= 600
+    assert len(path.read_text().splitlines()) <= 310
 
 
 def test_the_index_entry_names_category_and_repository():

@@ -15,7 +15,9 @@ import pytest
 import slicer_paths  # noqa: F401
 from phantoms import CLOT_SLICE, SHAPE, chest, chest_files, write_nifti
 from PulmonaryEmbolismLib import images, review
-from PulmonaryEmbolismLib.client import Client, Conflict, ServerError
+from PulmonaryEmbolismLib.client import Client
+from PulmonaryEmbolismLib.drafts import read_masks, send
+from PulmonaryEmbolismLib.transport import Conflict, ServerError
 
 ROOT = Path(__file__).parents[1]
 SERVE = """
@@ -87,7 +89,7 @@ def open_study(client, study, folder):
     assert image.voxels.shape == known.size
     masks = {}
     if known.annotation:
-        masks = review.read_masks(client.download_label(study, known.tag, folder, silent), known.annotation)
+        masks = read_masks(client.download_label(study, known.tag, folder, silent), known.annotation)
     session = review.ReviewSession(client.address, known, image, client.reader)
     session.adopt(known.annotation, masks, known.revision)
     return known, image, session
@@ -111,7 +113,7 @@ def test_a_review_goes_from_draft_to_final_and_comes_back_voxel_for_voxel(client
     first = next(k for k in session.open_slices)
     session.mark(first, "uncertain")
     draft = session.queue()
-    saved = review.send(client, draft, tmp_path / "out", silent)
+    saved = send(client, draft, tmp_path / "out", silent)
     session.acknowledge(draft, saved)
     assert (saved.tag, saved.accepted) == ("draft", 2)
     assert list(saved.open_slices) == session.open_slices
@@ -120,7 +122,7 @@ def test_a_review_goes_from_draft_to_final_and_comes_back_voxel_for_voxel(client
         session.mark(k, "none")
     session.set_label("positive")
     draft = session.queue()
-    saved = review.send(client, draft, tmp_path / "out", silent)
+    saved = send(client, draft, tmp_path / "out", silent)
     session.acknowledge(draft, saved)
     assert saved.tag == "final"
     assert not session.unsent
@@ -144,7 +146,7 @@ def test_paint_on_a_flipped_file_lands_on_the_same_millimetre(client, tmp_path):
     mask = np.zeros(SHAPE[1:], bool)
     mask[50:55, 30:33] = True
     session.set_mask(k, mask)
-    review.send(client, session.queue(), tmp_path / "out", silent)
+    send(client, session.queue(), tmp_path / "out", silent)
     voxels, header = nrrd.read(str(client.download_label("study-2", "draft", tmp_path, silent)), index_order="C")
     slice_row_column = np.argwhere(voxels).mean(0)
     lps = header["space directions"].T @ slice_row_column[::-1] + header["space origin"]
@@ -156,20 +158,20 @@ def test_another_readers_save_in_between_is_a_conflict_and_both_are_combined(cli
     other = Client(address, reader="Bo")
     theirs = review.ReviewSession(address, other.study("study-2"), _image, "Bo")
     known = other.study("study-2")
-    masks = review.read_masks(other.download_label("study-2", known.tag, tmp_path, silent), known.annotation)
+    masks = read_masks(other.download_label("study-2", known.tag, tmp_path, silent), known.annotation)
     theirs.adopt(known.annotation, masks, known.revision)
     a, b = mine.open_slices[:2]
     theirs.mark(a, "none")
-    review.send(other, theirs.queue(), tmp_path / "out", silent)
+    send(other, theirs.queue(), tmp_path / "out", silent)
     mine.mark(b, "uncertain")
     with pytest.raises(Conflict) as caught:
-        review.send(client, mine.queue(), tmp_path / "out", silent)
+        send(client, mine.queue(), tmp_path / "out", silent)
     known = client.study("study-2")
     assert caught.value.revision == known.revision
     assert caught.value.annotation["slices"] == known.annotation["slices"]
-    masks = review.read_masks(client.download_label("study-2", known.tag, tmp_path, silent), known.annotation)
+    masks = read_masks(client.download_label("study-2", known.tag, tmp_path, silent), known.annotation)
     mine.merge(known.annotation, masks, known.revision)
-    review.send(client, mine.queue(), tmp_path / "out", silent)
+    send(client, mine.queue(), tmp_path / "out", silent)
     states = {s["slice_index"]: s["state"] for s in client.study("study-2").annotation["slices"]}
     assert (states[a], states[b]) == ("none", "uncertain")
 

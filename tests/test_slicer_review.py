@@ -8,8 +8,10 @@ import pytest
 import slicer_paths  # noqa: F401
 from phantoms import attention, chest, nrrd_bytes
 from PulmonaryEmbolismLib import review
-from PulmonaryEmbolismLib.client import Candidate, Row, Saved, Scheduled, Study
+from PulmonaryEmbolismLib.answers import Candidate, Row, Saved, Scheduled, Study
+from PulmonaryEmbolismLib.drafts import Draft, Drafts, read_masks
 from PulmonaryEmbolismLib.images import Image, ImageError, read_image, write_segmentation
+from PulmonaryEmbolismLib.proposals import candidate_region, fill_between
 
 AFFINE = np.array([[0, 0, 0.8, -10], [0, 0.7, 0, -20], [2.5, 0, 0, -300.0], [0, 0, 0, 1]])
 SHAPE = (20, 12, 16)
@@ -91,9 +93,9 @@ def test_a_draft_survives_as_a_file_with_everything_in_it(tmp_path):
     s.set_label("positive")
     candidate = Candidate(1, 6, -285.0, (0.0, 0.0, -285.0), (9.0, 9.0, 5.0), 0.9, 0.8)
     s.decide(candidate, "rejected", "m1")
-    drafts = review.Drafts(tmp_path / "drafts")
+    drafts = Drafts(tmp_path / "drafts")
     drafts.write(s.snapshot())
-    found = review.Drafts(tmp_path / "drafts").read("http://x", "s1")
+    found = Drafts(tmp_path / "drafts").read("http://x", "s1")
     restored = session()
     restored.restore(found)
     assert np.array_equal(restored.masks[6], blob())
@@ -107,7 +109,7 @@ def test_a_draft_survives_as_a_file_with_everything_in_it(tmp_path):
 
 
 def test_an_older_snapshot_never_replaces_a_newer_one(tmp_path):
-    s, drafts = session(), review.Drafts(tmp_path)
+    s, drafts = session(), Drafts(tmp_path)
     older = s.snapshot()
     s.mark(2, "none")
     drafts.write(s.snapshot())
@@ -116,16 +118,16 @@ def test_an_older_snapshot_never_replaces_a_newer_one(tmp_path):
 
 
 def test_a_draft_that_is_set_aside_is_kept_but_not_offered_again(tmp_path):
-    s, drafts = session(), review.Drafts(tmp_path)
+    s, drafts = session(), Drafts(tmp_path)
     s.mark(2, "none")
     drafts.write(s.snapshot())
     aside = drafts.set_aside(s.snapshot())
     assert drafts.read("http://x", "s1") is None
-    assert len(review.Draft.from_json(json.loads(aside.read_text())).marks) == 1
+    assert len(Draft.from_json(json.loads(aside.read_text())).marks) == 1
 
 
 def test_a_damaged_draft_is_set_aside_and_stops_nothing(tmp_path):
-    s, drafts = session(), review.Drafts(tmp_path)
+    s, drafts = session(), Drafts(tmp_path)
     drafts.write(s.queue())
     path = next(tmp_path.glob("*.json"))
     path.write_text(path.read_text()[:100])
@@ -177,7 +179,7 @@ def test_the_seg_nrrd_is_what_slicer_and_pynrrd_read(tmp_path):
     assert np.allclose(header["space origin"], AFFINE[:3, 3])
     assert header["Segment0_Name"] == "embolism"
     assert json.loads(header["Segment0_Tags"].removeprefix("PE.Review:").rstrip("|")) == s.snapshot().annotation()
-    assert np.array_equal(review.read_masks(path, s.snapshot().annotation())[6], blob())
+    assert np.array_equal(read_masks(path, s.snapshot().annotation())[6], blob())
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (0, 1, 2), (1, 2, 0)])
@@ -225,14 +227,14 @@ def test_a_damaged_file_is_a_sentence(tmp_path, kept):
 def test_between_two_discs_lies_the_disc_of_the_mean_radius():
     row, column = np.mgrid[:41, :41] - 20
     disc = {r: row**2 + column**2 <= r**2 for r in (6, 12)}
-    between = review.fill_between({10: disc[6], 14: disc[12]}, [10, 14])
+    between = fill_between({10: disc[6], 14: disc[12]}, [10, 14])
     assert sorted(between) == [11, 12, 13]
     radius = np.sqrt(between[12].sum() / np.pi)
     assert radius == pytest.approx(9, abs=0.5)
 
 
 def test_a_slice_reviewed_as_none_is_never_bridged():
-    assert review.fill_between({2: blob(), 6: blob()}, [2, 4, 6]) == {}
+    assert fill_between({2: blob(), 6: blob()}, [2, 4, 6]) == {}
 
 
 def test_an_accepted_candidate_begins_where_attention_is_high_and_keeps_to_the_clot_range_when_asked():
@@ -240,14 +242,14 @@ def test_an_accepted_candidate_begins_where_attention_is_high_and_keeps_to_the_c
     voxels, coarse = attention(clot, affine)
     centre = affine[:3, :3] @ np.argwhere(clot).mean(0) + affine[:3, 3]
     candidate = Candidate(1, 26, 0.0, tuple(centre), (48.0, 26.0, 20.0), 0.9, 0.9)
-    region = review.candidate_region(candidate, Image(voxels, coarse), hu.shape, affine, None)
+    region = candidate_region(candidate, Image(voxels, coarse), hu.shape, affine, None)
     assert (region & clot[26]).sum() > 0.8 * clot[26].sum()
-    confined = review.candidate_region(candidate, Image(voxels, coarse), hu.shape, affine, hu[26])
+    confined = candidate_region(candidate, Image(voxels, coarse), hu.shape, affine, hu[26])
     assert confined.any()
     assert (hu[26][confined] <= 100).all()
     assert (hu[26][confined] >= 0).all()
     elsewhere = Candidate(1, 26, 0.0, (900.0, 900.0, 0.0), (9.0, 9.0, 9.0), 0.9, 0.9)
-    assert not review.candidate_region(elsewhere, Image(voxels, coarse), hu.shape, affine, None).any()
+    assert not candidate_region(elsewhere, Image(voxels, coarse), hu.shape, affine, None).any()
 
 
 def test_the_worklist_is_filtered_by_words_and_sorted_with_unknown_probabilities_last():

@@ -13,7 +13,7 @@ pytest.importorskip("slicer_core", reason="slicer-core is not installed")
 import headless
 import slicer
 import vtk
-from PulmonaryEmbolismLib.client import Detection
+from PulmonaryEmbolismLib.answers import Detection
 from PulmonaryEmbolismLib.images import Image
 from PulmonaryEmbolismLib.scene import GUARD, StudyScene, _ijk_to_ras
 from vtk.util import numpy_support

@@ -1,45 +1,18 @@
-"""One study under review: which slices, what the reader decided, what still has to reach the server. No Slicer, no Qt.
+"""One study under review: which slices, what the reader decided; and the order of the worklist. No Slicer, no Qt.
 
-``ReviewSession`` is what the reader does; ``Draft`` is a snapshot of it that can be written, sent and read again;
-``Drafts`` is the folder that survives a crash. What counts as complete is decided by the server, never here.
+What counts as complete is decided by the server, never here.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import os
-import threading
 import time
-import zlib
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from PulmonaryEmbolismLib import images
-from PulmonaryEmbolismLib.client import Candidate, Client, Report, Row, Saved, Scheduled, Study
-
-EMBOLISM, NONE, UNCERTAIN = "embolism", "none", "uncertain"
-"""What a reader can say of a slice. A slice that is not listed is not reviewed, which is never "none"."""
-
-CLOT_HU = (0, 100)
-"""Hounsfield units that paint is confined to when the reader asks for it."""
-
-Masks = Dict[int, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One reviewed slice, as in the annotation's JSON."""
-
-    slice_index: int
-    z_mm: float
-    state: str
-    reader: str = ""
-    time: str = ""
+from PulmonaryEmbolismLib.answers import Candidate, Row, Saved, Scheduled, Study
+from PulmonaryEmbolismLib.drafts import EMBOLISM, NONE, UNCERTAIN, Draft, Mark, Masks, now
 
 
 class Line(NamedTuple):
@@ -49,170 +22,6 @@ class Line(NamedTuple):
     z_mm: float
     why: str
     state: str
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-@dataclass(frozen=True, eq=False)
-class Draft:
-    """Everything that a reader did on one study, at one moment."""
-
-    server: str
-    study: str
-    image: Mapping[str, Any]
-    shape: Tuple[int, int, int]
-    affine: np.ndarray
-    marks: Tuple[Mark, ...]
-    masks: Masks
-    label: str
-    decisions: Mapping[str, str]
-    model: str
-    based_on: Optional[str]
-    slices_sent: bool
-    label_sent: bool
-    queued: bool
-    reader: str
-    time: str
-    stamp: int
-
-    @property
-    def unsent(self) -> bool:
-        return not (self.slices_sent and self.label_sent)
-
-    def acknowledged(self, saved: Optional[Saved]) -> Draft:
-        """The same work, known to the server: kept for the reader's decisions on candidates."""
-        revision = saved.revision if saved else self.based_on
-        return replace(self, slices_sent=True, label_sent=True, queued=False, based_on=revision)
-
-    def annotation(self) -> dict:
-        """The reviewed slices as schema pe-annotation/1."""
-        image = {key: self.image[key] for key in ("sha256", "size", "spacing_mm") if key in self.image}
-        return {"schema": "pe-annotation/1", "image": image, "slices": [asdict(mark) for mark in self.marks]}
-
-    def to_json(self) -> dict:
-        data = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        data.update(
-            schema="pe-draft/1",
-            image=dict(self.image),
-            affine=np.asarray(self.affine).tolist(),
-            marks=[asdict(mark) for mark in self.marks],
-            masks={str(k): _packed(mask) for k, mask in self.masks.items()},
-            decisions=dict(self.decisions),
-        )
-        return data
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Draft:
-        if data.get("schema") != "pe-draft/1":
-            raise ValueError("not a draft of this module")
-        values = {key: data[key] for key in cls.__dataclass_fields__}
-        shape = tuple(data["shape"])
-        values.update(
-            shape=shape,
-            affine=np.array(data["affine"]),
-            marks=tuple(Mark(**mark) for mark in data["marks"]),
-            masks={int(k): _unpacked(text, shape[1:]) for k, text in data["masks"].items()},
-        )
-        return cls(**values)
-
-
-class Drafts:
-    """The folder of drafts: one file a study, replaced as a whole, never deleted by a failure."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock = threading.Lock()
-        self._newest: Dict[Path, int] = {}
-
-    def write(self, draft: Draft) -> None:
-        """Write, durably. A draft older than the one written is left out: threads may come in any order."""
-        path = self._path(draft.server, draft.study)
-        with self._lock:
-            if self._newest.get(path, 0) <= draft.stamp:
-                self._write(draft, path)
-                self._newest[path] = draft.stamp
-
-    def read(self, server: str, study: str) -> Optional[Draft]:
-        """The last draft of a study, or None if there is none or it cannot be read (then it is set aside)."""
-        return self._read(self._path(server, study))
-
-    def pending(self, server: str) -> List[Draft]:
-        """The drafts that were to be sent and that this server has not acknowledged."""
-        drafts = [self._read(path) for path in sorted(self.folder.glob("*.json"))]
-        return [draft for draft in drafts if draft and draft.server == server and draft.unsent and draft.queued]
-
-    def set_aside(self, draft: Draft) -> Path:
-        """Keep the draft under another name, so that it is not offered again and not lost."""
-        path = self._path(draft.server, draft.study)
-        aside = path.with_suffix(f".{draft.stamp}.aside")
-        with self._lock:
-            self._write(draft, aside)
-            if path.exists():
-                path.unlink()
-            self._newest[path] = max(draft.stamp, self._newest.get(path, 0))
-        return aside
-
-    def _write(self, draft: Draft, path: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = path.with_name(path.name + ".part")
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(json.dumps(draft.to_json()))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-
-    def _path(self, server: str, study: str) -> Path:
-        return self.folder / (hashlib.sha256(f"{server}\n{study}".encode()).hexdigest()[:24] + ".json")
-
-    def _read(self, path: Path) -> Optional[Draft]:
-        try:
-            return Draft.from_json(json.loads(path.read_text("utf-8")))
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, zlib.error):
-            os.replace(path, path.with_suffix(".unreadable"))
-            return None
-
-
-def send(client: Client, draft: Draft, folder: Path, report: Report) -> Optional[Saved]:
-    """Bring a draft to its server: the study label, then the slices. None if no slice had to be sent."""
-    if not draft.label_sent:
-        client.put_study_label(draft.study, draft.label)
-    if draft.slices_sent:
-        return None
-    report("Writing the annotation")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{draft.stamp}.seg.nrrd"
-    annotation = draft.annotation()
-    compact = json.dumps(annotation, separators=(",", ":")).replace("|", "/")
-    images.write_segmentation(path, draft.masks, draft.shape, draft.affine, compact)
-    try:
-        return client.put_annotation(draft.study, annotation, path, draft.based_on, report)
-    finally:
-        path.unlink()
-
-
-def read_masks(path: Path, annotation: Mapping[str, Any]) -> Masks:
-    """The masks of the slices that an annotation calls "embolism", from its .seg.nrrd."""
-    image = images.read_image(path).canonical()
-    value = int(image.fields.get("Segment0_LabelValue", 1))
-    indices = [int(s["slice_index"]) for s in annotation.get("slices") or () if s.get("state") == EMBOLISM]
-    return {k: image.voxels[k] == value for k in indices if 0 <= k < len(image.voxels)}
-
-
-def fetch_masks(client: Client, known: Study, folder: Path, report: Report) -> Masks:
-    """The paint of the server's version of a study."""
-    slices = (known.annotation or {}).get("slices") or ()
-    if not known.tag or not any(s.get("state") == EMBOLISM for s in slices):
-        return {}
-    path = client.download_label(known.row.study, known.tag, folder, report)
-    try:
-        return read_masks(path, known.annotation)
-    finally:
-        path.unlink()
 
 
 class ReviewSession:
@@ -441,91 +250,6 @@ def _read_marks(annotation: Optional[Mapping[str, Any]], masks: Masks, slices: i
     return marks, {k: mask != 0 for k, mask in masks.items() if k in marks and marks[k].state == EMBOLISM}
 
 
-# --- proposals: never the reader's work until the reader takes them ---------------------------------------------------
-
-
-def fill_between(masks: Masks, reviewed: Iterable[int]) -> Masks:
-    """Masks for the slices between neighbouring painted ones, by shape: the mean of their signed distances.
-
-    Two painted slices with a slice reviewed otherwise between them are not joined. Source: Raya and Udupa 1990,
-    shape-based interpolation.
-    """
-    between: Masks = {}
-    order = sorted({*masks, *reviewed})
-    for low, high in zip(order, order[1:]):
-        if low not in masks or high not in masks or high - low < 2:
-            continue
-        either = masks[low] | masks[high]
-        rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
-        box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-        below, above = _signed_distance(masks[low][box]), _signed_distance(masks[high][box])
-        for k in range(low + 1, high):
-            share = (k - low) / (high - low)
-            mask = np.zeros_like(either)
-            mask[box] = (1 - share) * below + share * above > 0
-            if mask.any():
-                between[k] = mask
-    return between
-
-
-def _signed_distance(mask: np.ndarray) -> np.ndarray:
-    """Pixels to the outline of the mask, positive inside; half a pixel at either side of the outline."""
-    padded = np.pad(mask, 1)
-    inner = padded[1:-1, :-2] & padded[1:-1, 2:] & padded[:-2, 1:-1] & padded[2:, 1:-1]
-    outline = np.argwhere(mask & ~inner)
-    nearest = np.full(mask.shape, np.inf)
-    row, column = np.ogrid[: mask.shape[0], : mask.shape[1]]
-    for r, c in outline:
-        np.minimum(nearest, (row - r) ** 2 + (column - c) ** 2, out=nearest)
-    return np.where(mask, np.sqrt(nearest) + 0.5, 0.5 - np.sqrt(nearest))
-
-
-def candidate_region(
-    candidate: Candidate, attention: images.Image, shape: Sequence[int], affine: np.ndarray, hu: Optional[np.ndarray]
-) -> np.ndarray:
-    """Where paint may begin on a candidate's slice: attention above half of its maximum in the candidate's box.
-
-    Args:
-        candidate: the region that the reader accepted.
-        attention: the attention volume on its own coarse grid.
-        shape: (slices, rows, columns) of the CT.
-        affine: (slice, row, column) of the CT to LPS mm.
-        hu: the CT's slice, to keep to the clot range; None to keep everything.
-
-    Returns:
-        (rows, columns), true where the region is; the reader corrects it.
-    """
-    rows, columns = shape[1:]
-    index = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1)
-    places = index @ affine[:3, 1:3].T + affine[:3, 0] * candidate.slice_index + affine[:3, 3]
-    half = np.maximum(np.array(candidate.extent_mm[:2]) / 2, 5.0)
-    inside = (np.abs(places[..., :2] - np.array(candidate.centre_lps_mm[:2])) <= half).all(-1)
-    if not inside.any():
-        return inside
-    to_grid = np.linalg.inv(attention.affine)
-    values = np.zeros((rows, columns))
-    values[inside] = _trilinear(attention.voxels, places[inside] @ to_grid[:3, :3].T + to_grid[:3, 3])
-    region = inside & (values >= max(values.max() / 2, 1e-9))
-    if hu is not None:
-        region &= (hu >= CLOT_HU[0]) & (hu <= CLOT_HU[1])
-    return region
-
-
-def _trilinear(voxels: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Values at fractional indices ``(n, 3)``; the edge's value beyond the edge."""
-    last = np.array(voxels.shape) - 1
-    index = np.clip(index, 0, last)
-    low = np.minimum(np.floor(index).astype(int), np.maximum(last - 1, 0))
-    high = np.minimum(low + 1, last)
-    share = index - low
-    total = np.zeros(len(index))
-    for corner in np.ndindex(2, 2, 2):
-        take = np.array(corner, bool)
-        place = np.where(take, high, low)
-        total += np.where(take, share, 1 - share).prod(1) * voxels[tuple(place.T)]
-    return total
-
-
 # --- the worklist -------------------------------------------------------------------------------------------------
 
 _STATE_ORDER = {"in_progress": 0, "not_started": 1, "complete": 2}
@@ -551,12 +275,3 @@ def arrange(rows: Iterable[Row], text: str, state: str, column: str, descending:
         return (value, row.study)
 
     return sorted(filter(matches, rows), key=key, reverse=descending and column != "probability")
-
-
-def _packed(mask: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(np.packbits(mask).tobytes(), 1)).decode()
-
-
-def _unpacked(text: str, shape: Sequence[int]) -> np.ndarray:
-    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
-    return np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(bool)

@@ -14,7 +14,9 @@ import qt
 import slicer
 
 from PulmonaryEmbolismLib import review, scene
-from PulmonaryEmbolismLib.client import Client, Server
+from PulmonaryEmbolismLib.answers import Server
+from PulmonaryEmbolismLib.client import Client
+from PulmonaryEmbolismLib.drafts import NONE, UNCERTAIN, Drafts
 from PulmonaryEmbolismLib.jobs import Cancelled, Job, Runner
 from PulmonaryEmbolismLib.panel import forms
 from PulmonaryEmbolismLib.panel.annotate import Annotate
@@ -50,7 +52,7 @@ class Panel:
         self.cache = cache
         self.ask = question
         self.runner = Runner()
-        self.drafts = review.Drafts(data / "drafts")
+        self.drafts = Drafts(data / "drafts")
         self.client: Optional[Client] = None
         self.server: Optional[Server] = None
         self.session: Optional[review.ReviewSession] = None
@@ -87,8 +89,8 @@ class Panel:
         for key, handler in (
             ("N", functools.partial(annotate.step, 1)),
             ("P", functools.partial(annotate.step, -1)),
-            ("E", functools.partial(annotate.mark, review.NONE)),
-            ("U", functools.partial(annotate.mark, review.UNCERTAIN)),
+            ("E", functools.partial(annotate.mark, NONE)),
+            ("U", functools.partial(annotate.mark, UNCERTAIN)),
             ("O", self.detecting.toggle_overlay),
             ("Ctrl+Return", self.saving.submit),
             ("Ctrl+Enter", self.saving.submit),

@@ -9,8 +9,10 @@ from typing import Callable, Optional
 import slicer
 from slicer.i18n import tr as _
 
-from PulmonaryEmbolismLib import plots, review
+from PulmonaryEmbolismLib import plots
+from PulmonaryEmbolismLib.drafts import NONE, UNCERTAIN, Masks
 from PulmonaryEmbolismLib.panel import forms
+from PulmonaryEmbolismLib.proposals import CLOT_HU, fill_between
 
 SETTLE_SECONDS = 0.15
 """Paint is read back when it has rested this long."""
@@ -42,8 +44,8 @@ class Annotate:
             [
                 (ui.previousButton, functools.partial(self.step, -1)),
                 (ui.forwardButton, functools.partial(self.step, 1)),
-                (ui.noneButton, functools.partial(self.mark, review.NONE)),
-                (ui.unsureButton, functools.partial(self.mark, review.UNCERTAIN)),
+                (ui.noneButton, functools.partial(self.mark, NONE)),
+                (ui.unsureButton, functools.partial(self.mark, UNCERTAIN)),
                 (ui.undoButton, self.undo),
                 (ui.clearButton, self.clear_slice),
                 (ui.addButton, self.add_slice),
@@ -173,7 +175,7 @@ class Annotate:
     # --- paint
 
     def set_clot_range(self) -> None:
-        self.panel.nodes.set_clot_range(self.ui.clotButton.checked, *review.CLOT_HU)
+        self.panel.nodes.set_clot_range(self.ui.clotButton.checked, *CLOT_HU)
 
     def painted(self, *_event) -> None:
         self.painted_at = time.monotonic()
@@ -216,10 +218,10 @@ class Annotate:
         panel = self.panel
         masks = dict(panel.session.masks)
         reviewed = [line.slice_index for line in panel.session.lines() if line.state]
-        work: Callable = lambda job: review.fill_between(masks, reviewed)  # noqa: E731
+        work: Callable = lambda job: fill_between(masks, reviewed)  # noqa: E731
         panel.runner.submit("propose", _("Outlining between slices"), work, self._proposed, panel.say)
 
-    def _proposed(self, masks: review.Masks) -> None:
+    def _proposed(self, masks: Masks) -> None:
         self.panel.nodes.show_proposal(masks)
         text = _("A proposal is outlined on {n} slices; look at each and take it or not.").format(n=len(masks))
         self.panel.say(text if masks else _("There are no two neighbouring painted slices to go by."))

@@ -8,9 +8,11 @@ import getpass
 import qt
 from slicer.i18n import tr as _
 
-from PulmonaryEmbolismLib.client import Client, Server, ServerError
+from PulmonaryEmbolismLib.answers import Server
+from PulmonaryEmbolismLib.client import Client
 from PulmonaryEmbolismLib.jobs import Cancelled
 from PulmonaryEmbolismLib.panel import forms
+from PulmonaryEmbolismLib.transport import ServerError
 
 SETTINGS = "PulmonaryEmbolism/"
 KEPT_ADDRESSES = 8

@@ -7,10 +7,11 @@ from typing import Callable, Optional
 
 from slicer.i18n import tr as _
 
-from PulmonaryEmbolismLib import images, plots, review
-from PulmonaryEmbolismLib.client import Candidate, Detection
+from PulmonaryEmbolismLib import images, plots
+from PulmonaryEmbolismLib.answers import Candidate, Detection
 from PulmonaryEmbolismLib.jobs import Cancelled, Job
 from PulmonaryEmbolismLib.panel import forms
+from PulmonaryEmbolismLib.proposals import candidate_region
 
 
 class Detecting:
@@ -153,7 +154,7 @@ class Detecting:
         annotate.jump(candidate.slice_index)
         k, session = annotate.current(), panel.session
         hu = panel.nodes.hounsfield(k) if self.ui.clotButton.checked else None
-        region = review.candidate_region(candidate, self.attention, session.shape, session.affine, hu)
+        region = candidate_region(candidate, self.attention, session.shape, session.affine, hu)
         painted = session.masks.get(k)
         session.decide(candidate, "accepted", self.detection.model.sha256)
         session.paint(k, region if painted is None else region | painted)

@@ -9,10 +9,11 @@ from typing import Dict, Optional, Sequence, Set, Tuple
 
 from slicer.i18n import tr as _
 
-from PulmonaryEmbolismLib import review
-from PulmonaryEmbolismLib.client import Conflict, Saved, ServerError, Study
+from PulmonaryEmbolismLib.answers import Saved, Study
+from PulmonaryEmbolismLib.drafts import Draft, Masks, fetch_masks, send
 from PulmonaryEmbolismLib.jobs import Cancelled, Job
 from PulmonaryEmbolismLib.panel import forms
+from PulmonaryEmbolismLib.transport import Conflict, ServerError
 
 
 class Saving:
@@ -20,7 +21,7 @@ class Saving:
         self.panel = panel
         self.ui = ui = panel.ui
         self._sending: Set[str] = set()
-        self._again: Dict[str, Tuple[review.Draft, bool]] = {}
+        self._again: Dict[str, Tuple[Draft, bool]] = {}
         self._blocked: Set[str] = set()
         forms.on_click([(ui.saveButton, self.save), (ui.submitButton, self.submit)])
         forms.on_click((button, functools.partial(self.label, label)) for button, label in self._labels())
@@ -87,17 +88,17 @@ class Saving:
         ui = self.ui
         return [(ui.positiveButton, "positive"), (ui.negativeButton, "negative"), (ui.uncertainButton, "uncertain")]
 
-    def _is_open(self, draft: review.Draft) -> bool:
+    def _is_open(self, draft: Draft) -> bool:
         session = self.panel.session
         return session is not None and session.study == draft.study and session.server == draft.server
 
-    def _write(self, draft: review.Draft) -> None:
+    def _write(self, draft: Draft) -> None:
         drafts, panel = self.panel.drafts, self.panel
         panel.runner.submit("autosave", _("Keeping a draft"), lambda job: drafts.write(draft), None, panel.say)
 
     # --- to the server
 
-    def _send(self, draft: review.Draft, submitted: bool = False) -> None:
+    def _send(self, draft: Draft, submitted: bool = False) -> None:
         self._write(draft)
         if draft.study in self._sending:
             self._again[draft.study] = (draft, submitted)
@@ -108,12 +109,12 @@ class Saving:
         self.panel.runner.submit(
             "upload",
             _("Saving {study}").format(study=draft.study),
-            lambda job: review.send(client, draft, folder, job.report),
+            lambda job: send(client, draft, folder, job.report),
             functools.partial(self._sent, draft, submitted),
             functools.partial(self._not_sent, draft, submitted),
         )
 
-    def _sent(self, draft: review.Draft, submitted: bool, saved: Optional[Saved]) -> None:
+    def _sent(self, draft: Draft, submitted: bool, saved: Optional[Saved]) -> None:
         self._sending.discard(draft.study)
         self._blocked.discard(draft.study)
         later, submitted_later = self._again.pop(draft.study, (None, False))
@@ -147,7 +148,7 @@ class Saving:
         self.say(text.format(n=len(still_open), k=still_open[0] + 1))
         self.panel.annotate.jump(still_open[0])
 
-    def _not_sent(self, draft: review.Draft, submitted: bool, error: Exception) -> None:
+    def _not_sent(self, draft: Draft, submitted: bool, error: Exception) -> None:
         self._sending.discard(draft.study)
         self._again.pop(draft.study, None)
         if isinstance(error, Conflict):
@@ -161,7 +162,7 @@ class Saving:
         else:
             self.say(_("{what}. Your work is kept on this computer and will be sent again.").format(what=what))
 
-    def _resend(self, pending: Sequence[review.Draft]) -> None:
+    def _resend(self, pending: Sequence[Draft]) -> None:
         for draft in pending:
             if draft.study in self._blocked or draft.study in self._sending:
                 continue
@@ -172,7 +173,7 @@ class Saving:
 
     # --- another version is there
 
-    def _conflict(self, draft: review.Draft, submitted: bool, error: Conflict) -> None:
+    def _conflict(self, draft: Draft, submitted: bool, error: Conflict) -> None:
         """Another version is on the server: ours that was thought lost, or another reader's."""
         theirs = (error.annotation or {}).get("slices") or []
         ours = draft.annotation()["slices"]
@@ -194,7 +195,7 @@ class Saving:
 
         def work(job: Job):
             known = client.study(study)
-            return known, review.fetch_masks(client, known, folder, job.report)
+            return known, fetch_masks(client, known, folder, job.report)
 
         text = _("Loading the other version")
         panel.runner.drop("compare")
@@ -205,7 +206,7 @@ class Saving:
         self._blocked.discard(study)
         self.panel.say(error)
 
-    def _decide(self, submitted: bool, known: Study, masks: review.Masks) -> None:
+    def _decide(self, submitted: bool, known: Study, masks: Masks) -> None:
         panel, session = self.panel, self.panel.session
         panel.annotate.sync_paint()
         slices = (known.annotation or {}).get("slices") or ()

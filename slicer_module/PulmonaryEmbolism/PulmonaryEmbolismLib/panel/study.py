@@ -10,8 +10,10 @@ import slicer
 from slicer.i18n import tr as _
 
 from PulmonaryEmbolismLib import images, review, scene
-from PulmonaryEmbolismLib.client import ServerError, Study
+from PulmonaryEmbolismLib.answers import Study
+from PulmonaryEmbolismLib.drafts import Draft, Masks, fetch_masks
 from PulmonaryEmbolismLib.jobs import Job
+from PulmonaryEmbolismLib.transport import ServerError
 
 CACHED_STUDIES = 20
 
@@ -80,13 +82,13 @@ class OpenStudy:
             image = images.read_image(path).canonical()
             if known.size and image.voxels.shape != known.size:
                 raise images.ImageError(f"The image of {study} is not the one that the server describes.")
-            masks = review.fetch_masks(client, known, cache / "labels", job.report)
+            masks = fetch_masks(client, known, cache / "labels", job.report)
             return known, image, masks, drafts.read(address, study)
 
         text = _("Loading {study}").format(study=study)
         panel.runner.submit("study", text, work, lambda loaded: self._loaded(*loaded), panel.say)
 
-    def _loaded(self, study: Study, image: images.Image, masks: review.Masks, draft: Optional[review.Draft]) -> None:
+    def _loaded(self, study: Study, image: images.Image, masks: Masks, draft: Optional[Draft]) -> None:
         panel = self.panel
         if panel.session is not None:
             panel.annotate.sync_paint()
@@ -112,7 +114,7 @@ class OpenStudy:
         if session.unsent:
             panel.saving.keep()
 
-    def _offer(self, session: review.ReviewSession, study: Study, masks: review.Masks, draft: review.Draft) -> None:
+    def _offer(self, session: review.ReviewSession, study: Study, masks: Masks, draft: Draft) -> None:
         """Work of an earlier day that the server does not have: the reader decides what becomes of it."""
         if not draft.unsent:
             session.decisions, session.model = dict(draft.decisions), draft.model

@@ -7,7 +7,7 @@ from typing import Callable
 from slicer.i18n import tr as _
 
 from PulmonaryEmbolismLib import plots
-from PulmonaryEmbolismLib.client import Server
+from PulmonaryEmbolismLib.answers import Server
 from PulmonaryEmbolismLib.jobs import Job
 from PulmonaryEmbolismLib.panel import forms
 

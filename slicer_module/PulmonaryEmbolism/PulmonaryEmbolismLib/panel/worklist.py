@@ -7,7 +7,7 @@ from typing import Callable, List, Sequence
 from slicer.i18n import tr as _
 
 from PulmonaryEmbolismLib import review
-from PulmonaryEmbolismLib.client import Row, Server
+from PulmonaryEmbolismLib.answers import Row, Server
 from PulmonaryEmbolismLib.panel import forms
 
 STATES = ("", "not_started", "in_progress", "complete")
