@@ -51,11 +51,11 @@ class DemoStudy:
 
     def nearest_embolus_mm(self) -> float | None:
         """Distance from the strongest slab's attention peak to the nearest embolus' centre; None without either."""
-        peaks = [slab for slab in self.detection.evidence if slab.peak_lps_mm is not None]
+        peaks = [(slab.probability, slab.peak_lps_mm) for slab in self.detection.evidence if slab.peak_lps_mm]
         if not peaks or not self.emboli_mm:
             return None
-        strongest = max(peaks, key=lambda slab: slab.probability)
-        return float(np.linalg.norm(np.subtract(self.emboli_mm, strongest.peak_lps_mm), axis=1).min())
+        _, strongest = max(peaks)
+        return float(np.linalg.norm(np.subtract(self.emboli_mm, strongest), axis=1).min())
 
 
 def run_demo(out: Path, model: Path | None = None, progress: ProgressCallback = silent) -> tuple[DemoStudy, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ MAX_CANDIDATES = 20
 """More places than this help no reader; the strongest are kept [ours]."""
 
 Point = tuple[float, float, float]
+Floats = NDArray[np.float32] | NDArray[np.float64]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -149,19 +151,19 @@ class Detection:
             raise ValueError(f"expected a detection of schema {SCHEMA}, got {payload.get('schema')!r}")
         try:
             read: dict[str, object] = {name: payload[name] for name in cls.__dataclass_fields__}
-            read["reasons"] = tuple(Reason(**entry) for entry in _entries(payload, "reasons"))
-            read["evidence"] = tuple(Evidence(**_points(entry)) for entry in _entries(payload, "evidence"))
-            read["candidates"] = tuple(Candidate(**_points(entry)) for entry in _entries(payload, "candidates"))
-            read["image"] = ImageIdentity(**_points(payload["image"]))
-            read["model"] = ModelIdentity(**payload["model"])  # type: ignore[arg-type]
+            read["reasons"] = tuple(_made(Reason, entry) for entry in _entries(payload, "reasons"))
+            read["evidence"] = tuple(_made(Evidence, entry) for entry in _entries(payload, "evidence"))
+            read["candidates"] = tuple(_made(Candidate, entry) for entry in _entries(payload, "candidates"))
+            read["image"] = _made(ImageIdentity, payload["image"])
+            read["model"] = _made(ModelIdentity, payload["model"])
             return cls(**read)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a complete detection of schema {SCHEMA}: {error}") from error
 
 
 def find_candidates(
-    attention: NDArray[np.floating],
-    slab_probability: NDArray[np.floating],
+    attention: Floats,
+    slab_probability: Floats,
     grid: Volume,
     slice_index: Sequence[int],
     threshold: float = CANDIDATE_THRESHOLD,
@@ -200,7 +202,7 @@ def find_candidates(
     return tuple(replace(candidate, rank=rank) for rank, candidate in enumerate(found[:MAX_CANDIDATES], start=1))
 
 
-def _point(values: NDArray[np.floating]) -> Point:
+def _point(values: Floats) -> Point:
     x, y, z = (float(value) for value in values)
     return x, y, z
 
@@ -221,15 +223,15 @@ def _plain(value: object) -> object:
     return float(f"{number:.6g}")
 
 
-def _entries(payload: Mapping[str, object], name: str) -> list[dict[str, object]]:
+def _entries(payload: Mapping[str, object], name: str) -> list[object]:
     entries = payload[name]
     if not isinstance(entries, list):
         raise TypeError(f"{name} must be a list")
     return entries
 
 
-def _points(entry: object) -> dict[str, object]:
-    """A JSON object with its lists (points, sizes) as tuples again."""
+def _made(kind: type[Made], entry: object) -> Made:
+    """A JSON object as one of our nouns, its lists (points, sizes) as tuples again."""
     if not isinstance(entry, dict):
-        raise TypeError("expected an object")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        raise TypeError(f"expected an object for {kind.__name__}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})

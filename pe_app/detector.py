@@ -140,8 +140,8 @@ class DetectionResult:
         detection: the numbers.
         attention: uint8 from 0 to 255 on the coarse grid (50 x 24 x 24): each slab's map divided by its maximum, times
             the slab's probability, so that a quiet slab stays dark [ours]; None when the study was refused.
-        maps: ``(slabs, grid, grid)`` float32, each slab's map divided by its maximum and by nothing else: what attention
-            is judged on; None when the study was refused or the detection came over the network.
+        maps: ``(slabs, grid, grid)`` float32, each slab's map divided by its maximum and by nothing else: what
+            attention is judged on; None when the study was refused or the detection came over the network.
     """
 
     detection: Detection
@@ -341,7 +341,8 @@ class Detector:
         }
         # one entry: safetensors writes several in random order, and the same detector must be the same bytes
         metadata = {METADATA: json.dumps(settings)}
-        return safetensors.torch.save(weights, metadata)
+        content: bytes = safetensors.torch.save(weights, metadata)
+        return content
 
 
 def default_model() -> Path | None:
@@ -355,7 +356,7 @@ def _evidence(slabs: Slabs, raw: NDArray[np.float32], slab_probability: NDArray[
     for slab, probability in enumerate(slab_probability):
         peak = float(raw[slab].max())
         row, column = np.unravel_index(int(raw[slab].argmax()), raw[slab].shape)
-        x, y, z = (float(value) for value in grid.to_lps_mm((slab, row, column)))
+        x, y, z = (float(value) for value in grid.to_lps_mm((slab, int(row), int(column))))
         place = (x, y, z) if peak > 0 else None
         z_mm, slice_index = float(slabs.z_mm[slab]), int(slabs.slice_index[slab])
         entries.append(Evidence(slab, z_mm, slice_index, float(probability), peak, place))

@@ -27,7 +27,7 @@ def autocast(device: torch.device, precision: Precision = "auto") -> AbstractCon
 @cache
 def _fast_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # AVX-512 BF16 or AMX; elsewhere bfloat16 is emulated, several times slower than float32
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

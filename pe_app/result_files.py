@@ -180,7 +180,8 @@ def _draw_front(axes: Axes, volume: Volume, attention: Volume | None, chosen: tu
     aspect = volume.spacing_mm[0] / volume.spacing_mm[2]
     axes.imshow(coronal, cmap="gray", vmin=-700, vmax=400, origin="lower", aspect=aspect, interpolation="bilinear")
     if attention is not None:
-        corners = volume.to_index(attention.to_lps_mm([(-0.5, -0.5, -0.5), np.array(attention.shape) - 0.5]))
+        outer = np.array([(0, 0, 0), attention.shape]) - 0.5
+        corners = volume.to_index(attention.to_lps_mm(outer))
         extent = (corners[0, 2], corners[1, 2], corners[0, 0], corners[1, 0])
         _show_attention(axes, attention.voxels.max(axis=1), extent, aspect)
     for slice_index in chosen:

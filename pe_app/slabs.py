@@ -146,7 +146,8 @@ def study_slabs(volume: Volume, lung: SliceRange, config: SlabConfig) -> Slabs:
 
 def mask_crop(mask: NDArray[np.generic], config: SlabConfig) -> NDArray[np.float32]:
     """One slice's mask ``(rows, columns)`` on the pixels of a slab, ``(crop, crop)``, above 0 where the mask is."""
-    return _in_plane(mask.astype(np.float32)[None] > 0, config)[0]
+    cropped: NDArray[np.float32] = _in_plane(np.asarray(mask != 0)[None], config)[0]
+    return cropped
 
 
 def attention_target(mask: NDArray[np.generic], config: SlabConfig) -> NDArray[np.float32]:
@@ -201,12 +202,12 @@ def _weighted_slices(volume: Volume, weights: csr_array, config: SlabConfig) -> 
     """Weighted sums of CT slices ``(len(weights), crop, crop)``, windowed to 0..1; only the slices used are read."""
     used = np.unique(weights.indices)
     planes = _in_plane(volume.voxels[used], config)
-    mixed = weights[:, used].astype(np.float32) @ planes.reshape(len(used), -1)
+    mixed: NDArray[np.float32] = weights[:, used].astype(np.float32) @ planes.reshape(len(used), -1)
     low, high = config.hu_window
     np.clip(mixed, low, high, out=mixed)
     mixed -= low
     mixed /= high - low
-    return mixed.reshape(-1, config.crop, config.crop)
+    return np.reshape(mixed, (-1, config.crop, config.crop))
 
 
 def _in_plane(planes: NDArray[np.generic], config: SlabConfig) -> NDArray[np.float32]:
