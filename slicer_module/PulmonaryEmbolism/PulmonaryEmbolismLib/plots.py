@@ -129,7 +129,7 @@ class EvidenceCurve(_Axis):
             painter.setPen(self.ink(170))
             painter.drawText(4, y + 4, f"{level:.1f}")
         if not self.evidence:
-            painter.drawText(MARGIN + 8, self.level(0.5) - 6, "No evidence yet: Detect asks the model")
+            painter.drawText(MARGIN + 8, self.level(0.5) - 6, "No evidence to show")
         else:
             painter.fillRect(self.place(self.current) - 1, self.level(1.0), 3, 96, qt.QColor(_CURRENT))
             for line in self.lines:
