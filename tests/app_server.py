@@ -16,6 +16,7 @@ import requests
 
 from pe_app.annotation import SparseAnnotation
 from pe_app.phantom import Phantom, PhantomConfig, make_phantom
+from pe_app.volume import Volume, axial_affine
 from pe_app.volume_io import read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,10 @@ logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 from lib.server import serve
 serve(Path(sys.argv[2]), "127.0.0.1", int(sys.argv[3]), Path(sys.argv[4]))
 """
+
+
+SHAPE, SPACING_MM = (48, 96, 96), (5.0, 3.2, 3.2)
+"""Of ``chest``."""
 
 
 def free_port() -> int:
@@ -111,3 +116,29 @@ def review(
     annotation = SparseAnnotation.from_mask(volume, phantom.emboli_mask, slice_indices, reader, "2026-11-02T08:00:00Z")
     annotation.write(folder / "annotation.json", volume)
     return annotation
+
+
+def chest(seed: int, emboli: int) -> tuple[Volume, Volume]:
+    """A chest with a heart full of contrast and vessels in the lungs, and the mask of its emboli."""
+    rng = np.random.default_rng((2026, seed))
+    index = np.meshgrid(*(np.arange(count) - (count - 1) / 2 for count in SHAPE), indexing="ij")
+    z, y, x = (axis * step for axis, step in zip(index, SPACING_MM, strict=True))
+    x, y = x - rng.uniform(-10, 10), y - rng.uniform(-10, 10)
+    wide, deep, tall = rng.uniform(0.9, 1.1, 3)
+    hu = np.full(SHAPE, -1000.0)
+    hu[(x / (140 * wide)) ** 2 + (y / (105 * deep)) ** 2 < 1] = 40
+    for side in (-1, 1):
+        lung = ((x - 75 * side * wide) / (52 * wide)) ** 2 + (y / (80 * deep)) ** 2 + 0.6 * (z / (100 * tall)) ** 2 < 1
+        hu[lung] = -820
+    hu[((x - 5) / 38) ** 2 + ((y + 10) / 42) ** 2 + (z / 75) ** 2 < 1] = rng.uniform(280, 420)
+    for _ in range(12):
+        vessel = (x - rng.choice((-1, 1)) * rng.uniform(50, 90)) ** 2 + (y - rng.uniform(-50, 50)) ** 2 < 49
+        hu[vessel & (np.abs(z - rng.uniform(-70, 70)) < 25)] = rng.uniform(250, 400)
+    mask = np.zeros(SHAPE, np.uint8)
+    for _ in range(emboli):
+        place = rng.choice((-1, 1)) * rng.uniform(55, 88), rng.uniform(-45, 45), rng.uniform(-60, 60)
+        ball = (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < rng.uniform(13, 16) ** 2
+        hu[ball], mask[ball] = 800, 1
+    hu += rng.normal(0, 20, SHAPE)
+    volume = Volume(np.rint(hu).clip(-1024, 3000).astype(np.int16), axial_affine(SPACING_MM), f"chest {seed}")
+    return volume, volume.with_voxels(mask)

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from app_server import running_server
+from app_server import chest, running_server
 from scipy.spatial import cKDTree
 
 from pe_app.annotation import SparseAnnotation
@@ -19,14 +19,12 @@ from pe_app.roc import auc
 from pe_app.slab_encoder import EncoderConfig
 from pe_app.slabs import SlabConfig
 from pe_app.study_classifier import ClassifierConfig
-from pe_app.volume import Volume, axial_affine
 from pe_app.volume_io import write_volume
 
 pytestmark = pytest.mark.skipif(
     sys.version_info >= (3, 13), reason="MONAI Label's own client needs cgi of Python < 3.13"
 )
 
-SHAPE, SPACING_MM = (48, 96, 96), (5.0, 3.2, 3.2)
 TRAINED_ON, HELD_OUT = 24, 16
 HIT_MM = 12.0
 MARGIN = 0.4
@@ -35,32 +33,6 @@ MARGIN = 0.4
 SLABS = {"matrix": 160, "crop": 128, "slab_count": 16, "width": 16, "filters": 8, "synthetic": True}
 ENCODER = {**SLABS, "epochs": 6, "batch": 8, "learning_rate": 1e-3}
 CLASSIFIER = {"epochs": 30, "batch": 4, "learning_rate": 1e-3, "synthetic": True}
-
-
-def chest(seed: int, emboli: int) -> tuple[Volume, Volume]:
-    """A chest with a heart full of contrast and vessels in the lungs, and the mask of its emboli."""
-    rng = np.random.default_rng((2026, seed))
-    index = np.meshgrid(*(np.arange(count) - (count - 1) / 2 for count in SHAPE), indexing="ij")
-    z, y, x = (axis * step for axis, step in zip(index, SPACING_MM, strict=True))
-    x, y = x - rng.uniform(-10, 10), y - rng.uniform(-10, 10)
-    wide, deep, tall = rng.uniform(0.9, 1.1, 3)
-    hu = np.full(SHAPE, -1000.0)
-    hu[(x / (140 * wide)) ** 2 + (y / (105 * deep)) ** 2 < 1] = 40
-    for side in (-1, 1):
-        lung = ((x - 75 * side * wide) / (52 * wide)) ** 2 + (y / (80 * deep)) ** 2 + 0.6 * (z / (100 * tall)) ** 2 < 1
-        hu[lung] = -820
-    hu[((x - 5) / 38) ** 2 + ((y + 10) / 42) ** 2 + (z / 75) ** 2 < 1] = rng.uniform(280, 420)
-    for _ in range(12):
-        vessel = (x - rng.choice((-1, 1)) * rng.uniform(50, 90)) ** 2 + (y - rng.uniform(-50, 50)) ** 2 < 49
-        hu[vessel & (np.abs(z - rng.uniform(-70, 70)) < 25)] = rng.uniform(250, 400)
-    mask = np.zeros(SHAPE, np.uint8)
-    for _ in range(emboli):
-        place = rng.choice((-1, 1)) * rng.uniform(55, 88), rng.uniform(-45, 45), rng.uniform(-60, 60)
-        ball = (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < rng.uniform(13, 16) ** 2
-        hu[ball], mask[ball] = 800, 1
-    hu += rng.normal(0, 20, SHAPE)
-    volume = Volume(np.rint(hu).clip(-1024, 3000).astype(np.int16), axial_affine(SPACING_MM), f"chest {seed}")
-    return volume, volume.with_voxels(mask)
 
 
 @pytest.fixture(scope="module")

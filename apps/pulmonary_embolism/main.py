@@ -4,6 +4,7 @@ import lib.compat  # noqa: F401 - before monailabel
 
 # isort: split
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class PulmonaryEmbolismApp(MONAILabelApp):
         model = conf.get("model")
         self.served = ServedDetector(self.store.private / "model.safetensors", Path(model) if model else None)
         self.jobs = Jobs()
+        self._examining = threading.Lock()
         self.detections = Detections(self.store, self.served, self.jobs)
         self.leases = Leases(self.store.private / "leases.json")
         self.worklist = Worklist(self.store, self.detections, self.leases)
@@ -102,10 +104,16 @@ class PulmonaryEmbolismApp(MONAILabelApp):
         return saved
 
     def examine_new_studies(self) -> None:
-        """Look at CTs that nobody looked at yet, so that the worklist knows their schedules."""
-        for study in self.store.list_images():
-            if self.store.known_facts(study) is None:
-                try:
+        """Look, in the background, at CTs that nobody looked at yet: the worklist shows their schedules then."""
+        if self._examining.acquire(blocking=False):
+            threading.Thread(target=self._examine, name="examine studies", daemon=True).start()
+
+    def _examine(self) -> None:
+        try:
+            for study in self.store.list_images():
+                if self.store.known_facts(study) is None:
                     self.store.facts(study)
-                except Exception:
-                    logger.exception("study %s cannot be examined", study)
+        except Exception:
+            logger.exception("new studies cannot be examined")
+        finally:
+            self._examining.release()

@@ -144,7 +144,11 @@ def batch_infer(model: str, images: str = "all", params: JsonObject = None) -> d
 @router.get("/pe/worklist", tags=["Pulmonary embolism"])
 def worklist() -> dict[str, Any]:
     """Every study: how far its review is, what the served model says, who holds it."""
-    return {"studies": app_instance().worklist.rows()}
+    app = app_instance()
+    rows = app.worklist.rows()
+    if any(app.store.known_facts(row["study"]) is None for row in rows):
+        app.examine_new_studies()
+    return {"studies": rows}
 
 
 @router.get("/pe/studies/{study}", tags=["Pulmonary embolism"])

@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import os
-import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -125,7 +124,7 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     instance = app_instance()
     instance.server_mode(True)
     instance.served.current()
-    threading.Thread(target=instance.examine_new_studies, name="examine studies", daemon=True).start()
+    instance.examine_new_studies()
     yield
     instance.jobs.cancel_all()
     for method, executor in tasks.background_executors.items():

@@ -37,6 +37,7 @@ from pe_app.slabs import SlabConfig
 from pe_app.studies import Study
 from pe_app.study_classifier import ClassifierConfig
 from pe_app.training import ClassifierTraining, EncoderTraining, train_classifier, train_encoder
+from pe_app.training_run import utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,11 @@ class StageTask(TrainTask):
         settings = self.settings(request)
         studies = datastore.studies()
         folder = self._run_folder(settings, [(study, datastore.facts(study.study).sha256) for study in studies])
-        detector = self.train(studies, settings, folder)
+        try:
+            detector = self.train(studies, settings, folder)
+        except InputError as error:
+            self._tell_failure(folder, settings, str(error))
+            raise
         logger.info("%s: model %s is published", self.stage, detector.sha256)
         return {"name": detector.card.name, "version": detector.card.version, "sha256": detector.sha256}
 
@@ -112,6 +117,13 @@ class StageTask(TrainTask):
     def starts_from(self) -> Path | None:
         """A model file that the training starts from."""
         return None
+
+    def _tell_failure(self, folder: Path, settings: Settings, text: str) -> None:
+        """Let clients read why a training did not even begin; one that began says so itself."""
+        blank = {"task": f"train {self.stage}", "epoch": 0, "epochs": settings["epochs"], "done": 0, "total": 0}
+        blank |= {"best_epoch": 0, "metrics": {}, "history": [], "updated": utc_now()}
+        status = {**blank, **self.stats(), "state": "failed", "text": text}
+        write_durably(folder / "status.json", json.dumps(status))
 
     def _run_folder(self, settings: Settings, studies: list[tuple[Study, str]]) -> Path:
         """The folder of the last training if that ended early and was the same, else a new one."""
