@@ -20,7 +20,7 @@ import typer
 
 import pe_app
 from pe_app.annotation import SparseAnnotation, slice_schedule
-from pe_app.cli import progress_bars
+from pe_app.cli.options import progress_bars
 from pe_app.datasets import Augmentation
 from pe_app.detector import Detector, ModelCard
 from pe_app.phantom import PhantomConfig, paint_emboli, write_phantom_studies

@@ -73,8 +73,9 @@ def test_only_the_app_imports_monai_label():
 
 def test_the_command_line_imports_nothing_heavy_before_it_must():
     heavy = {"torch", "SimpleITK", "monai", "scipy", "matplotlib", "sklearn", "skimage", "numpy"}
-    for name in ("cli", "errors", "progress", "__main__", "__init__"):
-        assert not imports_at_the_top(ROOT / "pe_app" / f"{name}.py") & heavy
+    modules = [ROOT / "pe_app" / f"{name}.py" for name in ("errors", "progress", "__main__", "__init__")]
+    for path in (*modules, *(ROOT / "pe_app" / "cli").glob("*.py")):
+        assert not imports_at_the_top(path) & heavy
 
 
 def test_the_slicer_module_knows_neither_torch_nor_the_method():

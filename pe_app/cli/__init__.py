@@ -1,0 +1,58 @@
+"""The command line: every verb a person types. Bad input is one line and exit code 2, a refused study exit code 3.
+
+One module a subject, each with its verbs; they import what they need when they run, so that ``--help`` and mistakes
+answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+import pe_app
+from pe_app.cli.cohort import evaluate, label_reports, phantom
+from pe_app.cli.options import EXIT_BAD_INPUT
+from pe_app.cli.reading import demo, detect, serve
+from pe_app.cli.train import classifier, encoder
+from pe_app.errors import InputError
+
+app = typer.Typer(
+    name="pe-app",
+    help="Finding pulmonary embolism on chest CT with few annotations. Research use only, not for diagnosis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train stage I (encoder) or stage II (classifier).")
+
+app.command()(detect)
+train_app.command()(encoder)
+train_app.command()(classifier)
+app.add_typer(train_app, name="train")
+app.command()(phantom)
+app.command()(label_reports)
+app.command()(evaluate)
+app.command()(serve)
+app.command()(demo)
+
+
+def main() -> None:
+    """Run the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"pe-app: {error}", err=True)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"pe-app {pe_app.__version__}")
+        raise typer.Exit

@@ -1,0 +1,153 @@
+"""Verbs that train: encoder (stage I) and classifier (stage II)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pe_app.cli.options import StudyList, progress_bars
+
+Out = Annotated[Path, typer.Option("--out", help="Where the trained model is published.")]
+RunDir = Annotated[Path | None, typer.Option(help="Metrics, curves, checkpoints. [default: OUT without suffix + .run]")]
+
+
+class SlabSpacing(StrEnum):
+    """How the 5 slices of a stage II slab lie."""
+
+    LUNG = "lung"
+    PHYSICAL = "physical"
+
+
+class Score(StrEnum):
+    """Which score the attention explains."""
+
+    DIFFERENCE = "difference"
+    POSITIVE_LOGIT = "positive_logit"
+
+
+class AttentionKind(StrEnum):
+    """Attention loss of positive slabs."""
+
+    CONTINUOUS_DICE = "continuous_dice"
+    SOFT_DICE = "soft_dice"
+    MSE = "mse"
+
+
+class Negatives(StrEnum):
+    """Attention loss of negative slabs."""
+
+    SMOOTHED = "smoothed"
+    MEAN = "mean"
+    NONE = "none"
+
+
+class PrecisionChoice(StrEnum):
+    """Number format of the networks."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def encoder(
+    studies: StudyList,
+    out: Out,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the slabs.")] = 100,
+    batch: Annotated[int, typer.Option(min=2, help="Slabs a step.")] = 48,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
+    attention_weight: Annotated[float, typer.Option(min=0, help="Lambda: weight of the attention loss.")] = 1.0,
+    attention_kind: AttentionKind = AttentionKind.CONTINUOUS_DICE,
+    negatives: Negatives = Negatives.SMOOTHED,
+    attention_score: Score = Score.DIFFERENCE,
+    flip: Annotated[bool, typer.Option(help="Augment: mirror left and right; the paper uses none.")] = False,
+    shift_cells: Annotated[int, typer.Option(min=0, help="Augment: move by up to so many cells of 16 pixels.")] = 0,
+    jitter_hu: Annotated[float, typer.Option(min=0, help="Augment: add an offset of up to so many HU.")] = 0.0,
+    slab_spacing: SlabSpacing = SlabSpacing.LUNG,
+    matrix: Annotated[int, typer.Option(min=32, help="Rows and columns every slice is resampled to.")] = 512,
+    crop: Annotated[int, typer.Option(min=16, help="Centre crop, a multiple of 64.")] = 384,
+    slab_count: Annotated[int, typer.Option(min=2, help="Slabs of a study.")] = 50,
+    width: Annotated[int, typer.Option(min=1, help="Channels after the first convolution.")] = 64,
+    filters: Annotated[int, typer.Option(min=1, help="Channels of stage II's states.")] = 96,
+    serial: Annotated[bool, typer.Option(help="Stage II's descending direction reads the ascending one.")] = False,
+    imagenet: Annotated[Path | None, typer.Option(help="Local ImageNet weights of ResNet18 to start from.")] = None,
+    synthetic: Annotated[bool, typer.Option(help="Record that every embolism is simulated or painted.")] = False,
+    precision: PrecisionChoice = PrecisionChoice.AUTO,
+    seed: int = 0,
+    run_dir: RunDir = None,
+) -> None:
+    """Stage I: learn where to look, from the annotated slices of a study list. Goes on where it was interrupted."""
+    from pe_app.datasets import Augmentation
+    from pe_app.losses import AttentionLoss
+    from pe_app.slab_encoder import EncoderConfig
+    from pe_app.slabs import SlabConfig
+    from pe_app.studies import read_studies
+    from pe_app.study_classifier import ClassifierConfig
+    from pe_app.training import EncoderTraining, train_encoder
+
+    slabs = SlabConfig(matrix=matrix, crop=crop, slab_count=slab_count, slab_spacing=slab_spacing.value)
+    settings = EncoderTraining(
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        attention_weight=attention_weight,
+        attention_loss=AttentionLoss(attention_kind.value, negatives.value),
+        augment=flip or shift_cells > 0 or jitter_hu > 0,
+        augmentation=Augmentation(flip, shift_cells, jitter_hu),
+        precision=precision.value,
+        seed=seed,
+    )
+    network = EncoderConfig(slabs.slices_per_slab, width, attention_score.value)
+    directions: Literal["parallel", "serial"] = "serial" if serial else "parallel"
+    with progress_bars() as progress:
+        train_encoder(
+            read_studies(studies),
+            out,
+            settings=settings,
+            slabs=slabs,
+            network=network,
+            classifier=ClassifierConfig(network.feature_channels, slabs.grid, filters, directions),
+            imagenet=imagenet,
+            synthetic=synthetic,
+            run_dir=run_dir,
+            progress=progress,
+        )
+    typer.echo(f"Stage I published to {out}; train stage II with: pe-app train classifier --encoder {out} ...")
+
+
+def classifier(
+    studies: StudyList,
+    encoder: Annotated[Path, typer.Option("--encoder", help="The model that 'train encoder' published.")],
+    out: Out,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the studies.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Studies a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Features of the studies. [default: in the run folder]")
+    ] = None,
+    synthetic: Annotated[bool, typer.Option(help="Record that every embolism is simulated or painted.")] = False,
+    precision: PrecisionChoice = PrecisionChoice.AUTO,
+    seed: int = 0,
+    run_dir: RunDir = None,
+) -> None:
+    """Stage II: learn what a whole study means, from study labels. Goes on where it was interrupted."""
+    from pe_app.studies import read_studies
+    from pe_app.training import ClassifierTraining, train_classifier
+
+    settings = ClassifierTraining(
+        epochs=epochs, batch=batch, learning_rate=learning_rate, precision=precision.value, seed=seed
+    )
+    with progress_bars() as progress:
+        train_classifier(
+            read_studies(studies),
+            encoder,
+            out,
+            settings=settings,
+            synthetic=synthetic,
+            run_dir=run_dir,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    typer.echo(f"Model published to {out}; try it with: pe-app detect STUDY --model {out}")
