@@ -69,15 +69,19 @@ class Augmentation:
         shift_cells: move in the plane by up to so many cells of the attention map (16 pixels, 11 mm) along rows and
             columns; whole cells, so that the target moves exactly. An embolism is never moved out of the slab.
         jitter_hu: add one offset of up to so many HU to a slab.
+        window_cells: learn from square windows of so many cells of the attention map instead of whole slabs, 0 for
+            whole ones. A window of a slab with embolism holds a part of it; one without is cut at the place of another
+            slab's window, so that the place tells nothing. A quarter of the area costs a quarter of the time.
     """
 
     flip: bool = True
     shift_cells: int = 2
     jitter_hu: float = 30.0
+    window_cells: int = 0
 
     def __post_init__(self) -> None:
-        if self.shift_cells < 0 or not 0 <= self.jitter_hu < float("inf"):
-            raise InputError(f"augmentation: shift_cells and jitter_hu must not be negative, got {self}")
+        if min(self.shift_cells, self.window_cells) < 0 or not 0 <= self.jitter_hu < float("inf"):
+            raise InputError(f"augmentation: no strength may be negative, got {self}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +271,34 @@ def augmented(items: SlabItem, augmentation: Augmentation, config: SlabConfig, g
         low, high = config.hu_window
         offset = (2 * torch.rand(count, generator=generator) - 1) * augmentation.jitter_hu / (high - low)
         slabs = (slabs + offset[:, None, None, None]).clamp(0, 1)
+    if 0 < augmentation.window_cells < config.grid:
+        slabs, targets = _windows(slabs, targets, augmentation.window_cells, generator)
     return items._replace(slab=slabs, target=targets)
+
+
+def _windows(slabs: Tensor, targets: Tensor, cells: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Windows of ``cells`` cells: round a random cell of the target, or where a random slab with a target has its."""
+    free, filled = targets.shape[-1] - cells, targets.flatten(1).any(1)
+    corners = torch.randint(0, free + 1, (len(targets), 2), generator=generator)
+    for number in filled.nonzero()[:, 0].tolist():
+        marked = targets[number].nonzero()
+        chosen = marked[torch.randint(len(marked), (), generator=generator)]
+        inside = torch.randint(0, cells, (2,), generator=generator)
+        corners[number] = (chosen - inside).clamp(0, free)
+    if filled.any():
+        others = corners[filled]
+        corners[~filled] = others[torch.randint(len(others), (int((~filled).sum()),), generator=generator)]
+
+    def cut(planes: Tensor, step: int) -> Tensor:
+        side = cells * step
+        return torch.stack(
+            [
+                plane[..., row : row + side, column : column + side]
+                for plane, (row, column) in zip(planes, (corners * step).tolist(), strict=True)
+            ]
+        )
+
+    return cut(slabs, ENCODER_STRIDE), cut(targets, 1)
 
 
 def encode_studies(

@@ -42,7 +42,7 @@ from pe_app.slab_encoder import EncoderConfig, SlabEncoder
 from pe_app.slabs import SlabConfig
 from pe_app.studies import Label, Split, Study, split_studies
 from pe_app.study_classifier import ClassifierConfig, StudyClassifier
-from pe_app.training_loop import Columns, derived_seed, fit
+from pe_app.training_loop import Columns, Schedule, derived_seed, fit
 from pe_app.training_run import TrainingRun, git_revision, utc_now
 
 SIDES: tuple[Split, ...] = ("train", "validation")
@@ -63,6 +63,8 @@ class EncoderTraining:
         attention_loss: which attention loss.
         augment: whether training slabs are changed at random; ``augmentation`` says how strongly [ours].
         augmentation: strengths, without effect where ``augment`` is off.
+        schedule: of the learning rate: constant, or falling from epoch to epoch along half a cosine, which lets short
+            trainings settle [ours].
         precision: number format of the network; weights stay float32 [ours].
         workers: processes that read slabs ahead; 0 reads in between, which two processor cores like best.
         seed: of first weights, split, draw of slabs, order and augmentation.
@@ -76,6 +78,7 @@ class EncoderTraining:
     attention_loss: AttentionLoss = field(default_factory=AttentionLoss)
     augment: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
+    schedule: Schedule = "constant"
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 0
@@ -94,6 +97,7 @@ class ClassifierTraining:
     batch: int = 32
     epochs: int = 50
     validation_fraction: float = 0.2
+    schedule: Schedule = "constant"
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 0
@@ -111,6 +115,7 @@ def train_encoder(
     network: EncoderConfig | None = None,
     classifier: ClassifierConfig | None = None,
     imagenet: Path | None = None,
+    start_from: Path | None = None,
     synthetic: bool = False,
     run_dir: Path | None = None,
     device: torch.device | None = None,
@@ -128,6 +133,7 @@ def train_encoder(
         network: shape of the encoder.
         classifier: shape of the untrained classifier that ``train_classifier`` will train.
         imagenet: local file of ImageNet ResNet18 weights to start from, instead of random ones [ours].
+        start_from: file of a detector whose encoder is trained on; its own slab settings and shapes are then used.
         synthetic: recorded in the model card: every embolism was simulated or painted.
         run_dir: metrics, curves, checkpoint and prepared slabs; ``out`` with the suffix ``.run`` by default.
         device: the best one by default.
@@ -139,6 +145,10 @@ def train_encoder(
     settings = settings or EncoderTraining()
     device = device or best_device()
     start = Detector.untrained(settings.seed, slabs, network, classifier)
+    if start_from is not None:
+        former = Detector.load(start_from)
+        start = Detector.untrained(settings.seed, former.slabs, former.encoder.config, former.classifier.config)
+        start.encoder.load_state_dict(former.encoder.state_dict())
     encoder = start.encoder
     if imagenet is not None:
         encoder.load_imagenet(imagenet)
@@ -149,7 +159,9 @@ def train_encoder(
         sources = read_sources(usable, progress=run.report)
         optimiser = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
         pretrained = hashlib.sha256(imagenet.read_bytes()).hexdigest() if imagenet else "none"
-        identity = _identity(settings, start, sources, {"imagenet": pretrained, "synthetic": str(synthetic)})
+        former_weights = hashlib.sha256(start_from.read_bytes()).hexdigest() if start_from else "none"
+        more = {"imagenet": pretrained, "start_from": former_weights, "synthetic": str(synthetic)}
+        identity = _identity(settings, start, sources, more)
         run.resume(identity, encoder, optimiser)
         if not run.state.published:
             train, validation = (_prepared(sources, side, start.slabs, settings, run) for side in SIDES)
@@ -163,6 +175,7 @@ def train_encoder(
             fit(run, encoder, optimiser, (train, validation), score, settings)
             files = (*train.files, *validation.files)
             used = {**_flat(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
+            used["start_from"] = start_from.name if start_from else None
             run.publish(_record(run, used, sources, files, device, synthetic=synthetic), encoder, optimiser)
 
         record = TrainingRecord.from_json(json.loads(run.state.published))

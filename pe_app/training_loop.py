@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 Columns = dict[str, Tensor]
 """What is known of every item of a batch or pass, ``(items,)`` each: losses, logit, label, ..."""
 
+Schedule = Literal["constant", "cosine"]
+"""How the learning rate goes from epoch to epoch."""
+
 Item = TypeVar("Item", SlabItem, StudyItem)
 
 
@@ -40,6 +43,14 @@ class LoopSettings(Protocol):
     @property
     def epochs(self) -> int:
         """Passes over the training side."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first epoch."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the learning rate."""
 
     @property
     def workers(self) -> int:
@@ -77,6 +88,8 @@ def fit(
     total = settings.epochs * sum(steps)
     for epoch in range(len(run.state.history) + 1, settings.epochs + 1):
         begin = time.perf_counter()
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(settings, epoch)
         done = (epoch - 1) * sum(steps)
         columns: list[Columns] = []
         generator = torch.Generator().manual_seed(derived_seed(settings.seed, "epoch", epoch))
@@ -97,6 +110,13 @@ def fit(
         run.finish_epoch(network, optimiser, {**metrics, "seconds": time.perf_counter() - begin})
         figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "epoch")
         logger.info("%s: epoch %d of %d: %s", run.task, epoch, settings.epochs, figures)
+
+
+def learning_rate(settings: LoopSettings, epoch: int) -> float:
+    """Of an epoch, from 1 on: the same in all, or falling along half a cosine that would reach 0 after the last."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * (1 + math.cos(math.pi * (epoch - 1) / settings.epochs)) / 2
 
 
 def derived_seed(seed: int, *words: object) -> int:

@@ -44,6 +44,13 @@ class Negatives(StrEnum):
     NONE = "none"
 
 
+class LearningRate(StrEnum):
+    """How the learning rate goes from epoch to epoch."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+
+
 class PrecisionChoice(StrEnum):
     """Number format of the networks."""
 
@@ -65,6 +72,9 @@ def encoder(
     flip: Annotated[bool, typer.Option(help="Augment: mirror left and right; the paper uses none.")] = False,
     shift_cells: Annotated[int, typer.Option(min=0, help="Augment: move by up to so many cells of 16 pixels.")] = 0,
     jitter_hu: Annotated[float, typer.Option(min=0, help="Augment: add an offset of up to so many HU.")] = 0.0,
+    window_cells: Annotated[int, typer.Option(min=0, help="Learn from windows of so many cells of 16 pixels.")] = 0,
+    schedule: Annotated[LearningRate, typer.Option(help="Of the learning rate.")] = LearningRate.CONSTANT,
+    start_from: Annotated[Path | None, typer.Option(help="Model to go on from; its shapes are used.")] = None,
     slab_spacing: SlabSpacing = SlabSpacing.LUNG,
     matrix: Annotated[int, typer.Option(min=32, help="Rows and columns every slice is resampled to.")] = 512,
     crop: Annotated[int, typer.Option(min=16, help="Centre crop, a multiple of 64.")] = 384,
@@ -94,8 +104,9 @@ def encoder(
         learning_rate=learning_rate,
         attention_weight=attention_weight,
         attention_loss=AttentionLoss(attention_kind.value, negatives.value),
-        augment=flip or shift_cells > 0 or jitter_hu > 0,
-        augmentation=Augmentation(flip, shift_cells, jitter_hu),
+        augment=flip or shift_cells > 0 or jitter_hu > 0 or window_cells > 0,
+        augmentation=Augmentation(flip, shift_cells, jitter_hu, window_cells),
+        schedule=schedule.value,
         precision=precision.value,
         seed=seed,
     )
@@ -110,6 +121,7 @@ def encoder(
             network=network,
             classifier=ClassifierConfig(network.feature_channels, slabs.grid, filters, directions),
             imagenet=imagenet,
+            start_from=start_from,
             synthetic=synthetic,
             run_dir=run_dir,
             progress=progress,
@@ -124,6 +136,7 @@ def classifier(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the studies.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Studies a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
+    schedule: Annotated[LearningRate, typer.Option(help="Of the learning rate.")] = LearningRate.CONSTANT,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Features of the studies. [default: in the run folder]")
     ] = None,
@@ -137,7 +150,12 @@ def classifier(
     from pe_app.training import ClassifierTraining, train_classifier
 
     settings = ClassifierTraining(
-        epochs=epochs, batch=batch, learning_rate=learning_rate, precision=precision.value, seed=seed
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        schedule=schedule.value,
+        precision=precision.value,
+        seed=seed,
     )
     with progress_bars() as progress:
         train_classifier(
