@@ -27,7 +27,7 @@ from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, 
 from pe_app.device import Precision, autocast, best_device
 from pe_app.errors import InputError
 from pe_app.files import write_durably
-from pe_app.lungs import lung_range
+from pe_app.lungs import find_lungs, lung_range
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.quality import QualityLimits, Reason, check_study
 from pe_app.slab_encoder import EncoderConfig, SlabEncoder, normalised
@@ -255,12 +255,13 @@ class Detector:
         begin = time.perf_counter()
         progress(Progress("check the study", 0, self.slabs.slab_count))
         with _timed(seconds, "quality"):
-            reasons = (*self.card.reasons(), *check_study(volume, self.limits))
+            lungs = find_lungs(volume)
+            reasons = (*self.card.reasons(), *check_study(volume, self.limits, lungs))
         if any(reason.refuses for reason in reasons):
             return DetectionResult(self._refused(volume, reasons, seconds), None)
 
         with _timed(seconds, "prepare"):
-            slabs = study_slabs(volume, lung_range(volume), self.slabs)
+            slabs = study_slabs(volume, lung_range(volume, lungs), self.slabs)
         with _timed(seconds, "encode"):
             features, slab_probability = self.encode(slabs, progress)
         with _timed(seconds, "classify"):

@@ -59,8 +59,8 @@ class Lungs:
     slice_range: SliceRange | None
 
 
-def lung_range(volume: Volume) -> SliceRange:
-    """First and last slice that contain lung.
+def lung_range(volume: Volume, lungs: Lungs | None = None) -> SliceRange:
+    """First and last slice that contain lung; of ``lungs``, where they were found already.
 
     Air outside the body, gas in stomach and bowel, foam in the table, and slices where the trachea alone is filled
     with air do not count.
@@ -68,7 +68,7 @@ def lung_range(volume: Volume) -> SliceRange:
     Raises:
         InputError: if no lung is found.
     """
-    found = find_lungs(volume).slice_range
+    found = (lungs or find_lungs(volume)).slice_range
     if found is None:
         raise InputError(
             f"{volume.name}: no lung found in {volume.shape[0]} slices from z {volume.slice_z_mm[0]:.1f} to "

@@ -70,15 +70,23 @@ class QualityLimits:
     large_field_mm: float = 550.0
 
 
-def check_study(volume: Volume, limits: QualityLimits = QualityLimits()) -> tuple[Reason, ...]:
-    """Everything that speaks against analysing a CT; empty for a good one. Any reason that ``refuses`` is enough."""
+def check_study(
+    volume: Volume, limits: QualityLimits = QualityLimits(), lungs: Lungs | None = None
+) -> tuple[Reason, ...]:
+    """Everything that speaks against analysing a CT; empty for a good one. Any reason that ``refuses`` is enough.
+
+    Args:
+        volume: the CT.
+        limits: what it must reach.
+        lungs: ``find_lungs`` of it, where that is known already.
+    """
     reasons = _check_grid(volume, limits)
     if volume.shape[0] < limits.min_slices:
         text = (
             f"{volume.shape[0]} slices, at least {limits.min_slices} are needed: choose the series of the whole chest"
         )
         return (*reasons, Reason("too_few_slices", text, True))  # too little to look for lung and blood in
-    lungs = find_lungs(volume)
+    lungs = lungs or find_lungs(volume)
     if lungs.slice_range is None or lungs.areas_mm2.max() < limits.min_lung_area_cm2 * 100:
         return (
             *reasons,
