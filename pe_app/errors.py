@@ -7,3 +7,17 @@ class InputError(ValueError):
     The command line prints it as one line and exits with 2, the server answers 4xx with it.
     A programmer's mistake is a plain ``ValueError`` or ``TypeError`` instead.
     """
+
+
+class UnfitStudy(InputError):  # noqa: N818 - a verdict, not a fault
+    """The files are whole and were understood, but they are no CT that the method is for: refused with a reason.
+
+    The command line says so with exit code 3, as for every refused study; the text is a sentence as always.
+
+    Attributes:
+        code: stable name for programs, one of ``pe_app.quality.CODES``.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

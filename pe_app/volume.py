@@ -10,6 +10,8 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pe_app.source_series import SourceSeries
+
 PADDING_HU = -1024
 """Air; stands for everything that the scanner did not measure."""
 
@@ -25,6 +27,7 @@ class Volume:
         voxels: ``(slices, rows, columns)``; HU as int16 for a CT, other numbers for masks and attention.
         affine: ``(4, 4)``; ``affine @ (slice, row, column, 1)`` is the LPS position in mm of that voxel's centre.
         name: how messages call it, e.g. ``series 1.2.840`` or a file name; never a patient's name.
+        source: the DICOM series that the grid came from, where it is known.
 
     Raises:
         ValueError: if the array is not 3-D, the affine is singular, or the axes are not in canonical order.
@@ -33,6 +36,7 @@ class Volume:
     voxels: NDArray[np.generic]
     affine: NDArray[np.float64]
     name: str = "volume"
+    source: SourceSeries | None = None
 
     def __post_init__(self) -> None:
         if self.voxels.ndim != 3 or 0 in self.voxels.shape:
@@ -91,7 +95,7 @@ class Volume:
         """Other voxels on the same grid, e.g. a mask of this CT."""
         if voxels.shape != self.shape:
             raise ValueError(f"{self.name}: a grid of {self.shape} cannot hold an array of {voxels.shape}")
-        return Volume(voxels, self.affine, self.name)
+        return Volume(voxels, self.affine, self.name, self.source)
 
     def same_grid(self, other: Volume, tolerance_mm: float = 0.05) -> bool:
         """Whether both have the same shape and every corner lies within ``tolerance_mm`` of the other's."""

@@ -7,9 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *("errors", "files", "progress", "device", "volume", "dicom_series", "volume_io", "lungs", "quality", "slabs"),
-    *("segmentation", "annotation", "studies", "detection", "slab_encoder", "study_classifier", "losses", "detector"),
-    *("result_files", "datasets", "training_run", "training_loop", "training", "roc", "localisation", "baselines"),
+    *("errors", "files", "progress", "device", "source_series", "volume", "dicom_series", "volume_io", "lungs"),
+    *("quality", "slabs", "segmentation", "annotation", "studies", "detection"),
+    *("slab_encoder", "study_classifier", "losses", "detector", "result_files", "datasets", "training_run"),
+    *("training_loop", "training", "roc", "localisation", "baselines"),
     *("looking", "prediction_file", "evaluation", "evaluation_pictures", "evaluation_page"),
     *("review", "report_labels", "phantom", "demo", "cli", "starter"),
 )
