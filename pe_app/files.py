@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,30 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that becomes it, with all its files, when the block ends well.
+
+    Raises:
+        FileExistsError: if there is something else than an empty folder at ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            raise FileExistsError(f"{path} is there already") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     _sync(path.parent)
 
 

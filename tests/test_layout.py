@@ -7,8 +7,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *("errors", "files", "progress", "device", "source_series", "volume", "dicom_series", "volume_io", "lungs"),
-    *("quality", "slabs", "segmentation", "annotation", "studies", "detection"),
+    *(
+        "errors",
+        "files",
+        "progress",
+        "device",
+        "source_series",
+        "volume",
+        "dicom_series",
+        "dicomweb",
+        "volume_io",
+        "lungs",
+    ),
+    *("dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "detection"),
     *("slab_encoder", "study_classifier", "losses", "detector", "result_files", "datasets", "training_run"),
     *("training_loop", "training", "roc", "localisation", "baselines"),
     *("looking", "prediction_file", "evaluation", "evaluation_pictures", "evaluation_page"),

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pe_app.errors import InputError
 from pe_app.progress import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from pe_app.dicomweb import Access
 
 EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model file; by default the starter model that ships.")]
 StudyList = Annotated[Path, typer.Option("--studies", help="Study list: CSV of study, path, patient, label, ...")]
+
+ArchiveUser = Annotated[str, typer.Option("--user", envvar="PE_ARCHIVE_USER", help="User of the archive; the password "
+                                          "is taken from PE_ARCHIVE_PASSWORD or --password-file.")]  # fmt: skip
+PasswordFile = Annotated[Path | None, typer.Option("--password-file", help="File whose first line is the password.")]
+CaFile = Annotated[Path | None, typer.Option("--ca", help="Certificates to trust, where the archive's is the "
+                                             "hospital's own.")]  # fmt: skip
+
+
+def archive_access(url: str, user: str, password_file: Path | None, ca: Path | None) -> Access:
+    """How to reach an archive; its password never comes from the command line, which others on the machine can read.
+
+    Raises:
+        InputError: if the address is not valid, or there is a user without a password.
+    """
+    from pe_app.dicomweb import Access
+
+    password = os.environ.get("PE_ARCHIVE_PASSWORD", "")
+    if password_file is not None:
+        try:
+            password = password_file.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--password-file {password_file}: it cannot be read ({error})") from error
+    if user and not password:
+        raise InputError(f"--user {user}: the password is missing: set PE_ARCHIVE_PASSWORD or give --password-file")
+    return Access(url, user, password, ca)
 
 
 @contextmanager
