@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from pe_app.phantom.scan import PhantomConfig, make_phantom
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.studies import Label, Study, write_studies
 from pe_app.volume_io import write_volume
+
+Made = TypeVar("Made")
 
 READER, READ_AT = "simulated reader", "2026-01-01T00:00:00Z"
 """Who reviewed the slices, and when: fixed, so that the same seed gives the same files."""
@@ -56,7 +60,8 @@ def write_phantom_studies(
         (out / folder).mkdir(parents=True, exist_ok=True)
     listed: dict[int, Study] = {}
     progress(Progress("simulate studies", 0, studies))
-    with closing(_written(out, studies, seed, config, workers)) as written:
+    make = partial(_write_study, out, seed=seed, config=config)
+    with closing(in_processes(make, studies, workers)) as written:
         for number, study in written:
             listed[number] = study
             progress(Progress("simulate studies", len(listed), studies))
@@ -65,17 +70,15 @@ def write_phantom_studies(
     return path
 
 
-def _written(
-    out: Path, studies: int, seed: int, config: PhantomConfig, workers: int
-) -> Generator[tuple[int, Study], None, None]:
-    """Number and study, in the order in which they are finished."""
+def in_processes(make: Callable[[int], Made], count: int, workers: int) -> Generator[tuple[int, Made], None, None]:
+    """``make(number)`` for 0 to ``count - 1``, with its number, in the order in which they are finished."""
     if workers == 1:
-        for number in range(studies):
-            yield number, _write_study(out, number, seed, config)
+        for number in range(count):
+            yield number, make(number)
         return
     # spawn: a forked child would inherit torch's locked thread pool
-    with ProcessPoolExecutor(min(workers, studies), get_context("spawn"), _one_thread) as pool:
-        jobs = {pool.submit(_write_study, out, number, seed, config): number for number in range(studies)}
+    with ProcessPoolExecutor(min(workers, count), get_context("spawn"), _one_thread) as pool:
+        jobs = {pool.submit(make, number): number for number in range(count)}
         try:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
