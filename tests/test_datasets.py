@@ -253,6 +253,9 @@ def test_a_truncated_file_of_slabs_is_made_again(studies, tmp_path):
     assert torch.equal(prepared(studies, tmp_path)[0].slab, expected)
 
 
+SLABS_OF_6 = SlabConfig(matrix=128, crop=96, slab_count=6)  # a grid of 6 x 6 cells
+
+
 def blocks(seed: int) -> SlabItem:
     """Slabs that are bright exactly on the cells of their target, so that one can be told from the other."""
     rng = np.random.default_rng(seed)
@@ -285,6 +288,25 @@ def test_jitter_adds_one_offset_to_a_slab_within_its_bound():
     assert offset_hu.abs().max() <= 50
     assert offset_hu[:, 0].std() > 10
     assert torch.equal(changed.target, items.target)
+
+
+def test_windows_hold_an_embolism_and_those_without_lie_where_others_do():
+    items = blocks(0)
+    # a gradient tells where in the slab a window was cut
+    places = torch.arange(96.0).view(1, 1, 96, 1) * 1000 + torch.arange(96.0)
+    items = items._replace(slab=places.expand(16, 5, 96, 96))
+    settings = Augmentation(flip=False, shift_cells=0, jitter_hu=0, window_cells=2)
+    for seed in range(20):
+        changed = augmented(items, settings, SLABS_OF_6, torch.Generator().manual_seed(seed))
+        assert changed.slab.shape == (16, 5, 32, 32)
+        assert changed.target.shape == (16, 2, 2)
+        assert changed.target[:8].flatten(1).sum(1).min() == 1  # each slab has one marked cell
+        corners = changed.slab[:, 0, 0, 0]
+        rows, columns = (corners // 1000 / 16).long(), (corners % 1000 / 16).long()
+        assert set(corners[8:].tolist()) <= set(corners[:8].tolist())
+        for number in range(8):
+            row, column = rows[number], columns[number]
+            assert torch.equal(changed.target[number], items.target[number, row : row + 2, column : column + 2])
 
 
 def test_augmentation_follows_its_generator_and_leaves_the_original():

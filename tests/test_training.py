@@ -37,7 +37,7 @@ from pe_app.training import (
     train_classifier,
     train_encoder,
 )
-from pe_app.training_loop import derived_seed
+from pe_app.training_loop import derived_seed, learning_rate
 from pe_app.training_run import TrainingRun
 from pe_app.volume_io import read_volume
 
@@ -230,6 +230,30 @@ def test_without_attention_weight_the_attention_is_logged_but_not_learned(studie
     assert torch.equal(columns[0]["loss"], columns[0]["classification_loss"])
     assert (columns[0]["attention_loss"] > 0).any()
     assert (columns[1]["loss"] > columns[1]["classification_loss"]).any()
+
+
+def test_the_learning_rate_falls_along_half_a_cosine_or_stays():
+    constant, cosine = (replace(QUICK, epochs=4, schedule=schedule) for schedule in ("constant", "cosine"))
+    assert [learning_rate(constant, epoch) for epoch in range(1, 5)] == [QUICK.learning_rate] * 4
+    network = torch.nn.Linear(1, 1)
+    optimiser = torch.optim.Adam(network.parameters(), lr=QUICK.learning_rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=4)
+    for epoch in range(1, 5):
+        assert learning_rate(cosine, epoch) == pytest.approx(scheduler.get_last_lr()[0])
+        optimiser.step()
+        scheduler.step()
+
+
+def test_a_training_goes_on_from_the_weights_of_a_model(studies, stage1, tmp_path):
+    still = replace(QUICK, epochs=1, learning_rate=1e-12, augment=False)
+    out = tmp_path / "more.safetensors"
+    going_on = train_encoder(studies, out, settings=still, start_from=stage1.out)
+    for name, value in weights(stage1.detector.encoder).items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.allclose(weights(going_on.encoder)[name], value, atol=1e-9), name
+    assert going_on.slabs == SLABS  # not the defaults: those of the model
+    assert going_on.card.encoder.settings["start_from"] == stage1.out.name
+    assert not same(going_on.encoder, encoder(studies, tmp_path / "anew.safetensors", still).encoder)
 
 
 def test_bfloat16_trains_weights_that_stay_float32(studies, tmp_path):
