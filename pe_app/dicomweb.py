@@ -20,7 +20,7 @@ from email.message import Message
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import pydicom
 import requests
@@ -306,7 +306,9 @@ class Archive:
             response = requests.request(
                 method,
                 f"{access.url}/{path}",
-                params=params,
+                params=urlencode(
+                    params or {}, doseq=True, safe="*?", quote_via=quote
+                ),  # some read no %2A, nor + as space
                 data=data,
                 headers={"Accept": accept, **({"Content-Type": content_type} if content_type else {})},
                 auth=HTTPBasicAuth(access.user.encode(), access.password.encode()) if access.user else None,
