@@ -7,6 +7,7 @@ A ``Volume`` read from DICOM carries it. An imported CT is an .nrrd without head
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,23 @@ from pe_app.files import write_durably
 SCHEMA = "pe-source/1"
 FOLDER = Path(".pe", "sources")
 """Where the sources of a folder of studies lie; the server does not list what begins with a dot."""
+
+
+_PROJECTION = re.compile(
+    r"(?<![a-z])(min ?ip|mip|maximum|minimum|projection image|vrt|volume rendered|ssd)(?![a-z])", re.I
+)
+_MAP = re.compile(r"iodine|(?<![a-z])(pbv|vnc|vmi map|perfusion|virtual non|lung vessels)(?![a-z])", re.I)
+
+
+def unlike_ct(image_type: str, description: str) -> str:
+    """What an axial series shows where its voxels are no HU of one thin slice, in words; empty for a CT.
+
+    Told by Image Type (0008,0008), also value 4 of enhanced CT (``MAXIMUM``), and by the series' name.
+    """
+    text = f"{image_type} {description}".replace("_", " ")
+    if _PROJECTION.search(text):
+        return "an intensity projection or rendering"
+    return "a map of contrast or perfusion" if _MAP.search(text) else ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ What is cut off, has no place in the patient or does not hold HU is refused, nev
 from __future__ import annotations
 
 import gzip
+import logging
 import zlib
+from dataclasses import replace
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -16,16 +18,21 @@ from numpy.typing import NDArray
 
 from pe_app.dicom_series import SPACING_RANGE_MM, TILT_DEGREES, is_dicom, last_line, millimetres, read_dicom_folder
 from pe_app.dicom_series import check_uniform_spacing as check_uniform_spacing
-from pe_app.errors import InputError
+from pe_app.errors import InputError, TooLarge
 from pe_app.files import replacing
+from pe_app.source_series import read_source, source_path
 from pe_app.volume import PADDING_HU, Volume, canonical_volume
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 """Files that hold one volume."""
 AIR_PRESENT_HU = -200
 """Every CT of a chest holds voxels below this; values that never get there are not HU."""
-MAX_VOXELS = 2**31
-"""Eight times 512 x 512 x 1024: more is a damaged header, not a chest."""
+MAX_VOXELS = 2**30
+"""Four times 512 x 512 x 1024: more is a damaged header, not a chest."""
+MAX_BYTES = 2**31
+"""What a file may unpack to: a few megabytes of gzip can promise any amount."""
 
 _NRRD_SPACES = {
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
@@ -171,7 +178,17 @@ def _read_ct_file(path: Path) -> Volume:
         )
     if values.dtype.kind == "f":
         values = np.rint(values)
-    return Volume(np.maximum(values, PADDING_HU).astype(np.int16), image.affine, path.name)
+    return _with_source(Volume(np.maximum(values, PADDING_HU).astype(np.int16), image.affine, path.name), path)
+
+
+def _with_source(volume: Volume, path: Path) -> Volume:
+    """An imported CT with the DICOM series that it came from, if the file still holds those voxels."""
+    try:
+        source = read_source(source_path(path))
+    except InputError as error:
+        log.warning("%s", error)
+        return volume
+    return replace(volume, source=source) if source and source.image_sha256 == volume.sha256 else volume
 
 
 def _read_image_file(path: Path) -> Volume:
@@ -208,8 +225,10 @@ def _check_grid(size: tuple[int, ...], components: int, name: str) -> None:
         raise InputError(f"{name}: has {len(size)} dimensions ({'x'.join(map(str, size))}); a CT has 3")
     if components != 1:
         raise InputError(f"{name}: has {components} numbers a voxel (colour or vectors); a CT has 1")
-    if not 0 < int(np.prod(size, dtype=np.float64)) <= MAX_VOXELS:
-        raise InputError(f"{name}: {'x'.join(map(str, size))} voxels cannot be; the header is wrong: export it again")
+    count = int(np.prod(size, dtype=np.float64))
+    if not 0 < count <= MAX_VOXELS:
+        message = f"{name}: {'x'.join(map(str, size))} voxels cannot be; the header is wrong: export it again"
+        raise TooLarge(message) if count else InputError(message)
 
 
 def _check_nifti(path: Path, header: dict[str, str]) -> None:
@@ -282,6 +301,8 @@ _NRRD_BYTES = {
 
 def _check_data(stream: BufferedIOBase, expected: int, floats: np.dtype[np.generic] | None, name: str) -> None:
     """Read ``expected`` bytes and one more, so that a compressed stream checks its sum; floats are to be finite."""
+    if expected > MAX_BYTES:
+        raise TooLarge(f"{name}: unpacks to {expected / 2**30:.1f} GiB, more than 2 are not read: save it as 16-bit")
     present = 0
     while present <= expected and (chunk := stream.read(1 << 20)):
         present += len(chunk)
