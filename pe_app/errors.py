@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class TooLarge(InputError):  # noqa: N818 - a verdict, not a fault
+    """More than is read into memory, whatever the file is: the server answers 413 with it."""
+
+
 class UnfitStudy(InputError):  # noqa: N818 - a verdict, not a fault
     """The files are whole and were understood, but they are no CT that the method is for: refused with a reason.
 
