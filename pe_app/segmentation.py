@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from pe_app.errors import InputError
+from pe_app.errors import InputError, TooLarge
 from pe_app.files import replacing
 from pe_app.volume import Volume
 from pe_app.volume_io import MAX_VOXELS, image_from_volume, volume_from_image
@@ -62,7 +62,9 @@ def read_segment(path: Path) -> Segment:
         _check_attached(path)
         reader.ReadImageInformation()
         size, layers = reader.GetSize(), reader.GetNumberOfComponents()
-        if len(size) != 3 or math.prod(size) * layers > MAX_VOXELS:
+        if math.prod(size) * layers > MAX_VOXELS:
+            raise TooLarge(f"{path.name}: {_by(size)} voxels in {layers} layers cannot be; save it again from Slicer")
+        if len(size) != 3:
             raise InputError(f"{path.name}: expected a 3-D segmentation, got {_by(size)} voxels in {layers} layers")
         image = reader.Execute()
     except (OSError, RuntimeError) as error:
