@@ -16,6 +16,7 @@ import pe_app
 from pe_app.cli.cohort import evaluate, label_reports, phantom
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.reading import demo, detect, serve
+from pe_app.cli.tokens import add, list_, revoke
 from pe_app.cli.train import classifier, encoder
 from pe_app.errors import InputError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+tokens_app = typer.Typer(no_args_is_help=True, help="Who may use a server that asks for tokens.")
 train_app = typer.Typer(no_args_is_help=True, help="Train stage I (encoder) or stage II (classifier).")
 
 app.command()(detect)
@@ -36,6 +38,10 @@ app.command()(phantom)
 app.command()(label_reports)
 app.command()(evaluate)
 app.command()(serve)
+tokens_app.command("add")(add)
+tokens_app.command("list")(list_)
+tokens_app.command("revoke")(revoke)
+app.add_typer(tokens_app, name="tokens")
 app.command()(demo)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pe_app.cli.options import EXIT_REFUSED, Model, progress_bars
+from pe_app.cli.tokens import DEFAULT_FILE
 
 
 def detect(
@@ -52,15 +53,31 @@ def detect(
 
 def serve(
     studies: Annotated[Path, typer.Argument(help="Folder of .nrrd, .nii.gz or .nii studies; labels are kept in it.")],
-    host: Annotated[str, typer.Option(help="An address of this machine.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="An address of this machine; others than 127.0.0.1 need tokens.")] = (
+        "127.0.0.1"
+    ),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     model: Model = None,
-) -> None:
+    tokens: Annotated[Path | None, typer.Option(help="Token file (pe-app tokens add); asked for on 127.0.0.1, too. "
+                                                     f"[default: {DEFAULT_FILE} where others are served]")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="Certificate (chain) in PEM, for https.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its key in PEM, without a password.")] = None,
+    plain_http: Annotated[bool, typer.Option("--plain-http", help="Serve other machines without https, where a proxy "
+                                                                  "or the network encrypts.")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A name under which clients reach the server; may be "
+                                                              "given several times.")] = None,
+    max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 1024,
+    detection_minutes: Annotated[float, typer.Option(min=0.1, help="A detection that takes longer is stopped.")] = 10,
+) -> None:  # fmt: skip
     """The MONAI Label server for Slicer: detections, sparse annotations, active learning, training."""
     import pe_monailabel  # noqa: F401 - puts the app's own modules on the path
+    from lib.server import Door, is_loopback
     from lib.server import serve as serve_studies
 
-    serve_studies(studies, host, port, model)
+    if tokens is None and not is_loopback(host) and DEFAULT_FILE.is_file():
+        tokens = DEFAULT_FILE
+    door = Door(tokens, certificate, key, plain_http, tuple(allow_host or ()), max_upload_mb << 20)
+    serve_studies(studies, host, port, model, door, 60 * detection_minutes)
 
 
 def demo(

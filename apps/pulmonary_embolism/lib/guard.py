@@ -1,63 +1,173 @@
-"""Who may talk to the server: programs on this machine, and no web page that a browser on it shows."""
+"""Every request passes here first, and every answer last.
+
+request -> which route, which rule -> from where -> whose token -> which role -> how large -> the app
+answer  <- headers <- a line in the audit log <-------------------------------------------------- the app
+"""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from lib.access import Caller, Role, TokenFile
+from lib.audit import Audit
+from lib.limits import FORM_BYTES, RETRY_SECONDS, UPLOAD_BYTES, UPLOADS_AT_ONCE, limited
+from lib.policy import Asked, Rule, asked
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+]
+"""With every answer: no page of it runs, is framed or embedded, and no patient's data stay in a cache."""
 
 
-class LoopbackOnly:
-    """Refuses requests from other machines, for other host names (DNS rebinding), and from foreign web pages."""
+class Guard:
+    """The app behind its door.
 
-    def __init__(self, app: Application) -> None:
+    Attributes:
+        tokens: who may come in; None admits everybody on this machine and nobody else.
+        hosts: names besides this machine's under which the server is reached; None for no others, not even addresses.
+        upload_bytes: the largest request with a file.
+        audit: where it is written down.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        self._routes = routes
+        self._uploads = 0
+        self.tokens: TokenFile | None = None
+        self.hosts: frozenset[str] | None = None
+        self.upload_bytes = UPLOAD_BYTES
+        self.audit: Audit | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection."""
-        refusal = _refusal(scope) if scope["type"] in ("http", "websocket") else None
-        if refusal is None:
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await JSONResponse({"detail": refusal}, status_code=403)(scope, receive, send)
-        else:
+        elif scope["type"] == "websocket":  # there are none here
             await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = asked(scope, self._routes)
+        state = scope.setdefault("state", {})
+        status: int | None = None
+
+        async def sealed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+                self._write_down(request, scope, status)
+            await send(message)
+
+        try:
+            self._check_origin(scope)
+            state["tokens"] = self.tokens
+            state["caller"] = self._caller(scope, request.rule)
+            body = limited(scope, receive, self.upload_bytes if request.rule.upload else FORM_BYTES)
+            if request.rule.upload and self._uploads >= UPLOADS_AT_ONCE:
+                raise HTTPException(429, "too many uploads at once: try again", {"Retry-After": RETRY_SECONDS})
+        except HTTPException as refusal:
+            refused = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
+            await refused(scope, receive, sealed)
+            return
+        self._uploads += request.rule.upload
+        try:
+            await self._app(scope, body, sealed)
+        finally:
+            self._uploads -= request.rule.upload
+            if status is None:  # the connection broke, or the server stops
+                self._write_down(request, scope, None)
+
+    def _check_origin(self, scope: Scope) -> None:
+        """Refuse other machines where nobody proves anything, names not ours (DNS rebinding), and foreign web pages."""
+        client = scope.get("client")
+        if self.tokens is None and client is not None and not is_loopback(client[0]):
+            raise HTTPException(403, "this server answers programs on its own machine only: reach it through SSH")
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._is_ours(_host_of(f"//{hosts[0]}")):
+            raise HTTPException(
+                403,
+                "the request names another host than this server: use 127.0.0.1"
+                + ("" if self.hosts is None else ", its address, or a name given to pe-app serve with --allow-host"),
+            )
+        own = f"{scope.get('scheme', 'http')}://{hosts[0]}".lower()
+        foreign = any(value.lower() != own for value in headers.getlist("origin"))
+        if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise HTTPException(403, "requests from web pages of other servers are refused")
+
+    def _is_ours(self, host: str) -> bool:
+        """Loopback, an allowed name, or any address: a browser that was sent to an address knows its own page by it."""
+        return is_loopback(host) or (self.hosts is not None and (host in self.hosts or _is_address(host)))
+
+    def _caller(self, scope: Scope, rule: Rule) -> Caller:
+        """Who asks, if that is enough for the rule."""
+        if self.tokens is None:
+            return Caller()
+        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        caller = self.tokens.find(token.strip()) if scheme.lower() == "bearer" else None
+        if rule.role is None:
+            return caller or Caller("", Role.READER)
+        if caller is None:
+            problem = "this token is not known here, or no longer" if token else "this server asks for a token"
+            raise HTTPException(
+                401,
+                f"{problem}: an administrator issues one with pe-app tokens add NAME --role ROLE",
+                {"WWW-Authenticate": 'Bearer realm="pe-app"' + (', error="invalid_token"' if token else "")},
+            )
+        scope["state"]["caller"] = caller  # a refusal is written down with the name
+        if not caller.role.includes(rule.role):
+            raise HTTPException(
+                403, f"{caller.name} has the role {caller.role}, and this asks for the role {rule.role}"
+            )
+        return caller
+
+    def _write_down(self, request: Asked, scope: Scope, status: int | None) -> None:
+        refused = status in (401, 403)
+        if self.audit is None or not (refused or request.rule.does):
+            return
+        state = scope["state"]
+        caller = state.get("caller")
+        entry = {
+            "who": caller.name if caller and caller.name else None,
+            "from": scope["client"][0] if scope.get("client") else None,
+            "did": "refused" if refused else request.rule.does,
+            "request": request.request,
+            **request.about,
+            "status": status,
+        }
+        if state.get("study"):  # the one that the server chose
+            entry["study"] = state["study"]
+        self.audit.write(entry, refused=refused)
 
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine."""
-    if host == "localhost":
-        return True
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
         return False
-
-
-def _refusal(scope: Scope) -> str | None:
-    client = scope.get("client")
-    if client is not None and not is_loopback(client[0]):
-        return "this server answers programs on its own machine only: reach it through an SSH tunnel"
-    headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-    hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) != 1 or not is_loopback(_host_of(f"//{hosts[0]}")):
-        return "the request names another host than this machine: use 127.0.0.1"
-    own = f"{scope.get('scheme', 'http')}://{hosts[0]}".lower()
-    if any(value.lower() != own for name, value in headers if name == b"origin"):
-        return "requests from web pages of other servers are refused"
-    return None
+    return True
 
 
 def _host_of(url: str) -> str:
     try:
-        return urlsplit(url).hostname or ""
+        return (urlsplit(url).hostname or "").lower()
     except ValueError:
         return ""

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from lib.limits import DETECTION_SECONDS, Busy, TooLong
 from lib.store import StudyStore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
@@ -37,10 +39,6 @@ WAITING_DETECTIONS = 16
 """More requests than this are sent away: each holds a thread while it waits."""
 
 REMEMBERED_JOBS = 500
-
-
-class Busy(Exception):  # noqa: N818 - a state, not a fault
-    """Too many detections are waiting."""
 
 
 class ServedDetector:
@@ -100,9 +98,14 @@ class Job:
 
 
 class Jobs:
-    """The detections that run, wait, or ended lately, by the name that the client chose."""
+    """The detections that run, wait, or ended lately, by the name that the client chose.
 
-    def __init__(self) -> None:
+    Attributes:
+        seconds: a detection that runs longer is stopped at its next step.
+    """
+
+    def __init__(self, seconds: float = DETECTION_SECONDS) -> None:
+        self.seconds = seconds
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
@@ -139,9 +142,16 @@ class Jobs:
             while len(self._jobs) > REMEMBERED_JOBS:
                 self._jobs.popitem(last=False)
 
+        started: float | None = None
+
         def report(progress: Progress) -> None:
+            nonlocal started
             if name in self._cancelled:
                 raise Cancelled("cancelled")
+            if progress.total and started is None:  # its turn has come
+                started = time.monotonic()
+            if started is not None and time.monotonic() - started > self.seconds:
+                raise TooLong(f"the detection was stopped: it took longer than {self.seconds:g} s")
             state = "waiting" if progress.total == 0 else "running"
             self._jobs[name] = Job(state, progress.task, progress.done, progress.total, progress.text)
 

@@ -11,9 +11,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Form, HTTPException, Response, UploadFile
+from fastapi import APIRouter, Body, Depends, Form, HTTPException, Request, Response, UploadFile
 from fastapi.responses import JSONResponse
+from lib.access import Caller, Role
+from lib.limits import READING, RETRY_SECONDS
 from lib.store import finite_json
+from monailabel.endpoints import activelearning
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import processes
@@ -27,6 +30,15 @@ JsonText = Annotated[str, Form()]
 JsonObject = Annotated[dict[str, Any] | None, Body()]
 
 
+async def _caller(request: Request) -> Caller:
+    """Who asks, as the guard found it."""
+    caller: Caller = request.state.caller
+    return caller
+
+
+Who = Annotated[Caller, Depends(_caller)]
+
+
 class Output(StrEnum):
     """Which part of a result a client wants."""
 
@@ -38,13 +50,52 @@ class Output(StrEnum):
 # --- MONAI Label's routes, with checks
 
 
+@router.get("/info/", tags=["App"])
+def info(who: Who) -> dict[str, Any]:
+    """What the server offers, and who the caller is to it."""
+    said: dict[str, Any] = app_instance().info()
+    return {**said, "pe": {**said["pe"], "reader": who.name or None, "role": who.role}}
+
+
+@router.get("/auth/", tags=["Auth"])
+def tokens_are_asked_for(request: Request) -> dict[str, bool]:
+    """Whether MONAI Label's own clients must log in."""
+    return {"enabled": request.state.tokens is not None}
+
+
+@router.post("/auth/token", tags=["Auth"])
+def log_in(request: Request, username: Annotated[str, Form()], password: Annotated[str, Form()]) -> dict[str, str]:
+    """Name and token in the login dialog of MONAI Label's own clients, which send the token from then on."""
+    found = request.state.tokens.find(password) if request.state.tokens else None
+    if found is None or found.name != username:
+        raise HTTPException(401, "name and token (as the password) do not belong together")
+    return {"access_token": password, "token_type": "Bearer"}
+
+
+@router.get("/auth/token/valid", tags=["Auth"])
+def who_am_i(who: Who) -> dict[str, Any]:
+    """Who the caller is, as MONAI Label's own clients ask."""
+    return {"username": who.name, "roles": [who.role]}
+
+
+@router.post("/activelearning/{strategy}", tags=["ActiveLearning"])
+def next_study(request: Request, strategy: str, who: Who, params: JsonObject = None) -> dict[str, Any]:
+    """The study to read next, held for the reader who asks."""
+    said = finite_json(params or {})
+    found: dict[str, Any] = activelearning.sample(strategy, {**said, "reader": who.name or said.get("reader")})
+    request.state.study = found.get("id")
+    return found
+
+
 @router.post("/infer/{model}", tags=["Infer"])
-def infer(model: str, image: str = "", params: JsonText = "{}", output: Output = Output.ALL) -> Response:
+def infer(model: str, who: Who, image: str = "", params: JsonText = "{}", output: Output = Output.ALL) -> Response:
     """Run a model on a study of the store."""
     if not image:
         raise InputError("say which study of the store: ?image=ID; uploaded images and sessions are not supported")
     said = _json(params)
     request = {name: said[name] for name in ("job", "save_label", "label_tag") if name in said}
+    if request.get("save_label") and not who.role.includes(Role.ANNOTATOR):
+        raise HTTPException(403, f"{who.name} has the role {who.role}, which saves no labels")
     result = app_instance().infer({**request, "model": model, "image": image})
     file = Path(result["file"])
     try:
@@ -65,13 +116,15 @@ def infer(model: str, image: str = "", params: JsonText = "{}", output: Output =
 
 
 @router.put("/datastore/label", tags=["Datastore"])
-def save_label(image: str, label: UploadFile, params: JsonText = "{}", tag: str = "final") -> dict[str, Any]:
+def save_label(image: str, label: UploadFile, who: Who, params: JsonText = "{}", tag: str = "final") -> dict[str, Any]:
     """Save a label; with ``annotation`` in the params, a sparse annotation, whose tag the server decides."""
     info = _json(params)
     tag = tag or "final"
     app = app_instance()
     store = app.datastore()
-    with tempfile.TemporaryDirectory(prefix="pe-") as folder:
+    store.check_study(image)
+    info = _attributed(info, who, store.annotation_json(image))
+    with tempfile.TemporaryDirectory(prefix="pe-") as folder, READING:
         file = _uploaded(label, Path(folder), "label")
         with store.lock:  # the answer tells of this save, not of one that follows it
             label_id = store.save_label(image, str(file), tag, info)
@@ -83,27 +136,30 @@ def save_label(image: str, label: UploadFile, params: JsonText = "{}", tag: str 
 
 @router.put("/datastore/", tags=["Datastore"], include_in_schema=False)
 @router.put("/datastore/image", tags=["Datastore"])
-def add_image(file: UploadFile, image: str = "", params: JsonText = "{}") -> dict[str, str]:
+def add_image(request: Request, file: UploadFile, image: str = "", params: JsonText = "{}") -> dict[str, str]:
     """Take a CT into the store under a new id."""
     info = _json(params)
-    with tempfile.TemporaryDirectory(prefix="pe-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pe-") as folder, READING:
         path = _uploaded(file, Path(folder), "image")
-        name = image or Path(file.filename or "").name.removesuffix("".join(Path(path).suffixes))
+        name = request.state.study = image or Path(file.filename or "").name.removesuffix("".join(Path(path).suffixes))
         return {"image": app_instance().datastore().add_image(name, str(path), info)}
 
 
 @router.put("/datastore/image/info", tags=["Datastore"])
-def update_image_info(image: str, info: JsonText = "{}") -> dict[str, Any]:
+def update_image_info(image: str, who: Who, info: JsonText = "{}") -> dict[str, Any]:
     """Say something of a study; ``pe_label`` is positive, negative or uncertain."""
-    app_instance().datastore().update_image_info(image, _json(info))
+    app_instance().datastore().update_image_info(image, _attributed(_json(info), who))
     return {}
 
 
 @router.put("/datastore/updatelabelinfo", tags=["Datastore"], include_in_schema=False)
 @router.put("/datastore/label/info", tags=["Datastore"])
-def update_label_info(label: str, tag: str, info: JsonText = "{}", params: JsonText = "{}") -> dict[str, Any]:
+def update_label_info(label: str, tag: str, who: Who, info: JsonText = "{}", params: JsonText = "{}") -> dict[str, Any]:
     """Say something of a label, as the stock Reviewer does."""
-    app_instance().datastore().update_label_info(label, tag, {**_json(params), **_json(info)})
+    said = {**_json(params), **_json(info)}
+    if who.name:  # the label stays its reader's
+        said = {**{name: value for name, value in said.items() if name != "reader"}, "edited_by": who.name}
+    app_instance().datastore().update_label_info(label, tag, said)
     return {}
 
 
@@ -119,7 +175,11 @@ def train(model: str, params: JsonObject = None, enqueue: bool = False) -> dict[
     request = {"model": model, **{name: said[name] for name in task.config() if name in said}}
     started, _ = AsyncTask.run("train", request=request, enqueue=enqueue)
     if started is None:
-        raise HTTPException(429, "a training is running: wait for it, stop it, or ask with enqueue=true")
+        raise HTTPException(
+            429,
+            "a training is running: wait for it, stop it, or ask with enqueue=true",
+            {"Retry-After": RETRY_SECONDS},
+        )
     return dict(started)
 
 
@@ -134,7 +194,7 @@ def batch_infer(model: str, images: str = "all", params: JsonObject = None) -> d
     request = {"model": model, "images": images, "max_batch_size": int(said.get("max_batch_size") or 0)}
     started, _ = AsyncTask.run("batch_infer", request=request)
     if started is None:
-        raise HTTPException(429, "a batch is running: wait for it or stop it")
+        raise HTTPException(429, "a batch is running: wait for it or stop it", {"Retry-After": RETRY_SECONDS})
     return dict(started)
 
 
@@ -158,19 +218,19 @@ def study_details(study: str) -> dict[str, Any]:
 
 
 @router.post("/pe/studies/{study}/lease", tags=["Pulmonary embolism"])
-def take_lease(study: str, body: JsonObject = None) -> dict[str, str]:
+def take_lease(study: str, who: Who, body: JsonObject = None) -> dict[str, str]:
     """Hold a study for half an hour, so that others get another one."""
     app = app_instance()
     app.datastore().check_study(study)
-    return app.leases.take(study, str((body or {}).get("reader") or "")).to_json()
+    return app.leases.take(study, _reader(who, body)).to_json()
 
 
 @router.delete("/pe/studies/{study}/lease", tags=["Pulmonary embolism"])
-def release_lease(study: str, body: JsonObject = None) -> dict[str, Any]:
+def release_lease(study: str, who: Who, body: JsonObject = None) -> dict[str, Any]:
     """Let others have a study that this reader holds."""
     app = app_instance()
     app.datastore().check_study(study)
-    app.leases.release(study, str((body or {}).get("reader") or ""))
+    app.leases.release(study, _reader(who, body))
     return {}
 
 
@@ -200,6 +260,33 @@ def training() -> dict[str, Any]:
         if status and status["state"] == "running" and not running:
             status["state"] = "stopped"  # its process was killed and could not say so
     return {**stages, "running": running}
+
+
+def _reader(who: Caller, body: dict[str, Any] | None) -> str:
+    """Who reads: the one who proved it, else whoever the request names."""
+    return who.name or str((body or {}).get("reader") or "")
+
+
+def _attributed(info: dict[str, Any], who: Caller, current: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What was sent, under the name that its token proves, whatever name it bears.
+
+    Slices of the annotation that counts keep their readers: whoever goes on with a colleague's study sends them, too.
+    """
+    if not who.name:
+        return info
+    annotation = info.get("annotation")
+    if isinstance(annotation, dict) and isinstance(annotation.get("slices"), list):
+        known = [_review(entry) for entry in (current or {}).get("slices", ())]
+        slices = [
+            entry if not isinstance(entry, dict) or _review(entry) in known else {**entry, "reader": who.name}
+            for entry in annotation["slices"]
+        ]
+        info = {**info, "annotation": {**annotation, "slices": slices}}
+    return {**info, "reader": who.name}
+
+
+def _review(entry: dict[str, Any]) -> list[object]:
+    return [entry.get(name) for name in ("slice_index", "state", "reader", "time")]
 
 
 def _json(text: str) -> dict[str, Any]:

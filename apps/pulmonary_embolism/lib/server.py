@@ -1,4 +1,4 @@
-"""How the app is served: on this machine only, nothing blocks, every error is a sentence.
+"""How the app is served: on this machine only unless tokens are asked for, nothing blocks, every error is a sentence.
 
 ``pe-app serve STUDIES`` calls ``serve``. For people who know MONAI Label:
 ``monailabel start_server --app apps/pulmonary_embolism --studies STUDIES --uvicorn_app pe_monailabel.lib.server:app``.
@@ -14,28 +14,36 @@ import inspect
 import json
 import logging
 import os
+import shutil
+import ssl
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from lib import routes
-from lib.guard import LoopbackOnly, is_loopback
-from lib.infer import Busy
+from lib.access import TokenFile
+from lib.audit import Audit
+from lib.guard import Guard, is_loopback
+from lib.limits import DETECTION_SECONDS, RETRY_SECONDS, UPLOAD_BYTES, Busy, TooLong
 from lib.store import Conflict
 from lib.train import SERVER_PID
 from monailabel.config import settings
-from monailabel.endpoints import activelearning, batch_infer, datastore, info, train
+from monailabel.endpoints import batch_infer, datastore, train
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks import utils as tasks
 
 import pe_app
-from pe_app.errors import InputError
+from pe_app.errors import InputError, TooLarge
 from pe_app.progress import Cancelled
 
 logger = logging.getLogger(__name__)
@@ -43,8 +51,6 @@ logger = logging.getLogger(__name__)
 APP_DIR = Path(__file__).resolve().parent.parent
 
 KEPT = {
-    ("GET", "/info/"),
-    ("POST", "/activelearning/{strategy}"),
     ("GET", "/datastore/"),
     ("GET", "/datastore/image"),
     ("HEAD", "/datastore/image"),
@@ -67,12 +73,73 @@ STATUS: dict[type[Exception], int] = {
     MONAILabelException: 404,  # all that the kept routes raise: no such model, no such strategy
     Conflict: 409,
     Cancelled: 409,
+    TooLarge: 413,
     InputError: 422,
     Busy: 429,
+    TooLong: 504,
 }
 
 
-def serve(studies: Path, host: str = "127.0.0.1", port: int = 8000, model: Path | None = None) -> None:
+@dataclass(frozen=True)
+class Door:
+    """How the server is reached.
+
+    Attributes:
+        tokens: the token file; None asks for no tokens, which is for this machine only.
+        certificate: with ``key``, makes it https.
+        key: of the certificate, without a password.
+        plain_http: whether other machines are served without https, because a proxy or a private network encrypts.
+        allowed_hosts: names under which clients reach it, besides this machine's own and addresses.
+        upload_bytes: the largest request with a file.
+    """
+
+    tokens: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    plain_http: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    upload_bytes: int = UPLOAD_BYTES
+
+    def check(self, host: str) -> None:
+        """Refuse a door that lets in whom it should not, where the server listens on ``host``.
+
+        Raises:
+            InputError: that says what is missing.
+        """
+        if self.tokens is None and not is_loopback(host):
+            raise InputError(
+                f"--host {host}: other machines are served with tokens only: make one with "
+                "pe-app tokens add NAME --role ROLE, and name its file with --tokens"
+            )
+        if self.tokens is not None and not TokenFile(self.tokens).tokens():
+            raise InputError(f"token file {self.tokens}: is empty: pe-app tokens add NAME --role ROLE --file FILE")
+        if (self.certificate is None) != (self.key is None):
+            raise InputError("--certificate and --key go together: name both files, or none")
+        if self.certificate is None and not is_loopback(host) and not self.plain_http:
+            raise InputError(
+                f"--host {host}: tokens and images would cross the network readable by all: give --certificate "
+                "and --key, or listen on 127.0.0.1 behind a proxy that speaks https, or say --plain-http where the "
+                "network itself is encrypted"
+            )
+        if self.certificate is not None:
+            try:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(self.certificate, self.key, password="")
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"--certificate {self.certificate}, --key {self.key}: cannot be used ({error}): both in PEM, the "
+                    "key without a password"
+                ) from error
+
+
+def serve(
+    studies: Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model: Path | None = None,
+    door: Door = Door(),
+    detection_seconds: float = DETECTION_SECONDS,
+) -> None:
     """Serve a folder of studies until interrupted.
 
     Args:
@@ -80,15 +147,13 @@ def serve(studies: Path, host: str = "127.0.0.1", port: int = 8000, model: Path 
         host: an address of this machine.
         port: of the server.
         model: the model to start with, until a training publishes one; by default the one that ships.
+        door: how it is reached.
+        detection_seconds: a detection that takes longer is stopped.
 
     Raises:
-        InputError: if the folder or the model cannot be used, or the address is not of this machine.
+        InputError: if the folder, the model or the door cannot be used.
     """
-    if not is_loopback(host):
-        raise InputError(
-            f"--host {host}: this server checks no passwords, so it listens on this machine only (127.0.0.1); "
-            "reach it from another one through an SSH tunnel"
-        )
+    door.check(host)
     if not studies.is_dir():
         raise InputError(f"{studies}: there is no such folder")
     if model is not None and not model.is_file():
@@ -98,9 +163,26 @@ def serve(studies: Path, host: str = "127.0.0.1", port: int = 8000, model: Path 
     settings.MONAI_LABEL_APP_CONF = {"model": str(model.resolve())} if model else {}
     settings.MONAI_LABEL_SERVER_PORT = port
     _tell_tasks()
-    app_instance().served.current()  # a folder or model that cannot be used is said here, before the server starts
-    logger.info("http://%s:%d serves %s; stop it with Ctrl-C. Research use only.", host, port, studies)
-    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10)
+    instance = app_instance()
+    instance.served.current()  # a folder or model that cannot be used is said here, before the server starts
+    instance.jobs.seconds = detection_seconds
+    app.tokens = TokenFile(door.tokens) if door.tokens else None
+    beyond = door.allowed_hosts or not is_loopback(host)
+    app.hosts = frozenset(name.lower() for name in door.allowed_hosts) if beyond else None
+    app.upload_bytes = door.upload_bytes
+    scheme = "https" if door.certificate else "http"
+    logger.info("%s://%s:%d serves %s; stop it with Ctrl-C. Research use only.", scheme, host, port, studies)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        ssl_certfile=door.certificate,
+        ssl_keyfile=door.key,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
 
 
 def _tell_tasks() -> None:
@@ -124,12 +206,29 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     instance = app_instance()
     instance.server_mode(True)
     instance.served.current()
+    private = instance.store.private
+    app.audit = Audit(private / "audit.jsonl")
+    _use_temporary_folder(private / "tmp")
     instance.examine_new_studies()
     yield
     instance.jobs.cancel_all()
     for method, executor in tasks.background_executors.items():
         executor.shutdown(wait=False, cancel_futures=True)
         tasks.stop_background_task(method)
+
+
+def _use_temporary_folder(folder: Path) -> None:
+    """Let this process put temporary files beside the studies, where there is room for a CT, unlike in memory.
+
+    What servers left there that were killed is removed.
+    """
+    folder.mkdir(exist_ok=True)
+    own = folder / str(os.getpid())
+    for left in folder.iterdir():
+        if left == own or not (left.name.isdecimal() and psutil.pid_exists(int(left.name))):
+            shutil.rmtree(left, ignore_errors=True)
+    own.mkdir(exist_ok=True)
+    tempfile.tempdir = str(own)
 
 
 def _in_a_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,9 +248,12 @@ def _in_a_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_app() -> FastAPI:
-    made = FastAPI(title="Pulmonary embolism", version=pe_app.__version__, lifespan=_lifespan)
-    made.include_router(routes.router)
-    for stock in (info, activelearning, datastore, train, batch_infer):
+    # no pages of the documentation: they load scripts from another server into this one's origin
+    made = FastAPI(
+        title="Pulmonary embolism", version=pe_app.__version__, lifespan=_lifespan, docs_url=None, redoc_url=None
+    )
+    made.router.routes.extend(routes.router.routes)
+    for stock in (datastore, train, batch_infer):
         for route in stock.router.routes:
             methods = {method for method in route.methods if (method, route.path) in KEPT}
             if methods:
@@ -165,8 +267,8 @@ def _make_app() -> FastAPI:
     for kind in STATUS:
         made.add_exception_handler(kind, _known_error)
     made.add_exception_handler(RequestValidationError, _invalid_request)
+    made.add_exception_handler(HTTPException, _http_error)
     made.add_exception_handler(Exception, _unknown_error)
-    made.add_middleware(LoopbackOnly)
     return made
 
 
@@ -175,7 +277,14 @@ def _known_error(_: Request, error: Exception) -> JSONResponse:
     content: dict[str, Any] = {"detail": getattr(error, "msg", str(error))}
     if isinstance(error, Conflict):
         content |= {"revision": error.revision, "annotation": error.annotation}
-    return JSONResponse(content, status)
+    return JSONResponse(content, status, {"Retry-After": RETRY_SECONDS} if status == 429 else None)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """Also a body that could not be read because the disk is full, which FastAPI takes for a bad request."""
+    if isinstance(error.__cause__, OSError):
+        return _unknown_error(request, error.__cause__)
+    return await http_exception_handler(request, error)
 
 
 def _invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -190,4 +299,5 @@ def _unknown_error(_: Request, error: Exception) -> JSONResponse:
 
 
 _tell_tasks()
-app = _make_app()
+api = _make_app()
+app = Guard(api, api.routes)

@@ -1,0 +1,47 @@
+"""Verbs for the tokens of a server that other machines reach: add, list, revoke."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lib.access import TokenFile
+
+DEFAULT_FILE = Path(typer.get_app_dir("pe-app")) / "tokens.json"
+
+"""Where ``tokens`` keeps them and ``serve`` looks for them when other machines are served."""
+
+Name = Annotated[str, typer.Argument(help="The reader's name, as it is recorded with labels.")]
+File = Annotated[Path, typer.Option("--file", help="Token file.")]
+
+
+def add(
+    name: Name,
+    role: Annotated[str, typer.Option(help="reader: look and detect; annotator: also save; admin: also train.")],
+    file: File = DEFAULT_FILE,
+) -> None:
+    """Issue a token to a reader and print it: this once, since the file keeps only its hash."""
+    typer.echo(_tokens(file).add(name, role))
+    typer.echo(f"{name} is {role} wherever pe-app serve asks for {file}. The token is shown this once.", err=True)
+
+
+def list_(file: File = DEFAULT_FILE) -> None:
+    """Who has a token, with which role, since when."""
+    for token in _tokens(file).tokens():
+        typer.echo(f"{token.created}  {token.role:9}  {token.name}")
+
+
+def revoke(name: Name, file: File = DEFAULT_FILE) -> None:
+    """Let a reader's token count no longer, from the next request on."""
+    _tokens(file).revoke(name)
+    typer.echo(f"The token of {name} counts no longer.", err=True)
+
+
+def _tokens(file: Path) -> TokenFile:
+    import pe_monailabel  # noqa: F401 - puts the app's own modules on the path
+    from lib.access import TokenFile
+
+    return TokenFile(file)
