@@ -1,13 +1,14 @@
 """What the model says of a study: the noun that leaves the method for the command line, the server and Slicer.
 
-``Detection.to_json`` is the contract with every reader of results; its schema is ``pe-detection/1``.
+``Detection.to_json`` is the contract with every reader of results; its schema is ``pe-detection/2``. Files of schema 1,
+which lack sizes, places and the extent estimate, are still read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -17,7 +18,8 @@ from scipy import ndimage
 from pe_app.quality import Reason
 from pe_app.volume import Volume
 
-SCHEMA = "pe-detection/1"
+SCHEMA = "pe-detection/2"
+SCHEMAS_READ = (SCHEMA, "pe-detection/1")
 NOTICE = "Research use only, not for diagnosis."
 
 CANDIDATE_THRESHOLD = 0.3
@@ -25,6 +27,12 @@ CANDIDATE_THRESHOLD = 0.3
 
 MAX_CANDIDATES = 20
 """More places than this help no reader; the strongest are kept [ours]."""
+
+Side = Literal["left", "right", "midline"]
+"""Of the patient; midline is between the lungs, nearer to neither, as the pulmonary trunk and a saddle embolus are."""
+
+Level = Literal["central", "peripheral"]
+"""Central is trunk, main and lobar arteries; peripheral is segmental arteries and beyond."""
 
 Point = tuple[float, float, float]
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -64,6 +72,11 @@ class Candidate:
         extent_mm: its box along (left-right, front-back, feet-head), whole cells of about 11 mm.
         peak: attention at the strongest cell, 1 where it is its slab's maximum.
         slab_probability: stage I's probability of that slab.
+        size_mm: the longest side of its box.
+        slices: CT slices of its lowest and its highest slab.
+        volume_ml: of its cells, whole ones; attention is wider than the clot it lies on.
+        side, level: where it lies (``candidate_places``); None where that is not known. As all fields from
+            ``size_mm`` on are in a file of schema 1.
     """
 
     rank: int
@@ -73,6 +86,29 @@ class Candidate:
     extent_mm: Point
     peak: float
     slab_probability: float
+    size_mm: float | None = None
+    slices: tuple[int, int] | None = None
+    volume_ml: float | None = None
+    side: Side | None = None
+    level: Level | None = None
+
+    @property
+    def place(self) -> str:
+        """Side and level in words, ``left, peripheral``; empty where neither is known."""
+        return ", ".join(word for word in (self.side, self.level) if word)
+
+
+@dataclass(frozen=True)
+class ExtentEstimate:
+    """How far attention reaches in a study. An estimate of extent and not a clot burden: no clot is outlined.
+
+    Attributes:
+        volume_ml: of all cells at or above the threshold of a candidate.
+        slab_share: share of the slabs, from the lung's lowest to its highest, that hold such a cell; 0 to 1.
+    """
+
+    volume_ml: float
+    slab_share: float
 
 
 @dataclass(frozen=True)
@@ -114,6 +150,7 @@ class Detection:
         image: the voxels analysed.
         model: the model that spoke.
         seconds: duration of every step.
+        extent_estimate: how far attention reaches; None when refused, and in a file of schema 1.
     """
 
     status: Literal["analysed", "refused"]
@@ -125,6 +162,7 @@ class Detection:
     image: ImageIdentity
     model: ModelIdentity
     seconds: Mapping[str, float] = field(default_factory=dict)
+    extent_estimate: ExtentEstimate | None = None
 
     @property
     def positive(self) -> bool | None:
@@ -132,7 +170,7 @@ class Detection:
         return None if self.probability is None else self.probability >= self.threshold
 
     def to_json(self) -> dict[str, object]:
-        """The detection as plain finite JSON, schema ``pe-detection/1``.
+        """The detection as plain finite JSON, schema ``pe-detection/2``.
 
         Raises:
             ValueError: if a number is not finite; a result with such a number must not leave the method.
@@ -142,23 +180,27 @@ class Detection:
 
     @classmethod
     def from_json(cls, payload: Mapping[str, object]) -> Detection:
-        """The detection that ``to_json`` wrote.
+        """The detection that ``to_json`` wrote, now or with schema 1.
 
         Raises:
             ValueError: if the payload has another schema or lacks a field.
         """
-        if payload.get("schema") != SCHEMA:
-            raise ValueError(f"expected a detection of schema {SCHEMA}, got {payload.get('schema')!r}")
+        schema = payload.get("schema")
+        if schema not in SCHEMAS_READ:
+            raise ValueError(f"expected a detection of schema {' or '.join(SCHEMAS_READ)}, got {schema!r}")
         try:
-            read: dict[str, object] = {name: payload[name] for name in cls.__dataclass_fields__}
+            complete = payload if schema == SCHEMA else {"extent_estimate": None, **payload}
+            read: dict[str, object] = {name: complete[name] for name in cls.__dataclass_fields__}
             read["reasons"] = tuple(_made(Reason, entry) for entry in _entries(payload, "reasons"))
             read["evidence"] = tuple(_made(Evidence, entry) for entry in _entries(payload, "evidence"))
             read["candidates"] = tuple(_made(Candidate, entry) for entry in _entries(payload, "candidates"))
             read["image"] = _made(ImageIdentity, payload["image"])
             read["model"] = _made(ModelIdentity, payload["model"])
+            extent = read["extent_estimate"]
+            read["extent_estimate"] = None if extent is None else _made(ExtentEstimate, extent)
             return cls(**read)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a complete detection of schema {SCHEMA}: {error}") from error
+            raise ValueError(f"not a complete detection of schema {schema}: {error}") from error
 
 
 def find_candidates(
@@ -178,28 +220,57 @@ def find_candidates(
         threshold: above 0, at most 1.
     """
     weighted = attention * slab_probability[:, None, None]
-    regions, count = ndimage.label(weighted >= threshold, structure=np.ones((3, 3, 3)))
+    regions = candidate_regions(weighted, threshold)
     cell_mm = np.array(grid.spacing_mm)
+    cell_ml = float(cell_mm.prod()) / 1000
     found = []
-    for number, box in enumerate(ndimage.find_objects(regions, count), start=1):
-        cells = np.argwhere(regions == number)
+    for rank, box in enumerate(ndimage.find_objects(regions), start=1):
+        cells = np.argwhere(regions == rank)
         strength = weighted[tuple(cells.T)]
         slab, row, column = cells[strength.argmax()]
         centre = grid.to_lps_mm(np.average(cells, axis=0, weights=strength))
         extent = np.array([side.stop - side.start for side in box]) * cell_mm
         found.append(
             Candidate(
-                rank=0,
+                rank=rank,
                 z_mm=float(grid.slice_z_mm[slab]),
                 slice_index=int(slice_index[slab]),
                 centre_lps_mm=_point(centre),
                 extent_mm=_point(extent[::-1]),
                 peak=float(attention[slab, row, column]),
                 slab_probability=float(slab_probability[slab]),
+                size_mm=float(extent.max()),
+                slices=(int(slice_index[box[0].start]), int(slice_index[box[0].stop - 1])),
+                volume_ml=len(cells) * cell_ml,
             )
         )
-    found.sort(key=lambda candidate: (-candidate.peak * candidate.slab_probability, candidate.z_mm))
-    return tuple(replace(candidate, rank=rank) for rank, candidate in enumerate(found[:MAX_CANDIDATES], start=1))
+    return tuple(found)
+
+
+def candidate_regions(weighted: Floats, threshold: float = CANDIDATE_THRESHOLD) -> NDArray[np.int32]:
+    """The cells of every candidate: its rank, 0 elsewhere.
+
+    Args:
+        weighted: ``(slabs, grid, grid)``, attention times slab probability.
+        threshold: above 0, at most 1.
+    """
+    regions, count = ndimage.label(weighted >= threshold, structure=np.ones((3, 3, 3)))
+    peaks = ndimage.maximum_position(weighted, regions, range(1, count + 1))
+    strongest_first = sorted(range(count), key=lambda k: (-float(weighted[peaks[k]]), peaks[k][0]))
+    rank_of = np.zeros(count + 1, np.int32)
+    for rank, k in enumerate(strongest_first[:MAX_CANDIDATES], start=1):
+        rank_of[k + 1] = rank
+    ranks: NDArray[np.int32] = rank_of[regions]
+    return ranks
+
+
+def estimate_extent(
+    attention: Floats, slab_probability: Floats, grid: Volume, threshold: float = CANDIDATE_THRESHOLD
+) -> ExtentEstimate:
+    """How far ``attention * slab probability`` at or above a threshold reaches; arguments as ``find_candidates``."""
+    strong = attention * slab_probability[:, None, None] >= threshold
+    cell_ml = float(np.prod(grid.spacing_mm)) / 1000
+    return ExtentEstimate(float(strong.sum()) * cell_ml, float(strong.any(axis=(1, 2)).mean()))
 
 
 def _point(values: Floats) -> Point:

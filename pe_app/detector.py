@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import pe_app
-from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, find_candidates
+from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
 from pe_app.device import Precision, autocast, best_device
 from pe_app.errors import InputError
 from pe_app.files import write_durably
@@ -273,6 +273,7 @@ class Detector:
             evidence = _evidence(slabs, raw, slab_probability)
             grid = slabs.to_volume(detection_maps)
             candidates = find_candidates(detection_maps, slab_probability, grid, slabs.slice_index.tolist())
+            extent = estimate_extent(detection_maps, slab_probability, grid)
             weighted = np.rint(255 * detection_maps * slab_probability[:, None, None]).astype(np.uint8)
         seconds["total"] = time.perf_counter() - begin
         detection = Detection(
@@ -285,6 +286,7 @@ class Detector:
             ImageIdentity.of(volume),
             self.identity,
             seconds,
+            extent,
         )
         return DetectionResult(detection, slabs.to_volume(weighted), detection_maps)
 

@@ -110,7 +110,7 @@ def test_the_stock_client_gets_a_study_detects_and_saves(server, phantoms, tmp_p
     assert slices == schedule(server, study)
 
     attention, detection = client.infer("detection", study, {})
-    assert detection["schema"] == "pe-detection/1"
+    assert detection["schema"] == "pe-detection/2"
     assert detection["model"]["sha256"] == info["pe"]["model"]["sha256"]
     values, header = nrrd.read(attention)
     assert sorted(values.shape) == [4, 4, 10]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, find_candidates
+from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
 from pe_app.quality import Reason
 from pe_app.volume import Volume, axial_affine
 
@@ -35,10 +35,10 @@ def example(**changes: object) -> Detection:
 
 def test_json_holds_every_field_of_the_schema():
     payload = example().to_json()
-    assert payload["schema"] == "pe-detection/1"
+    assert payload["schema"] == "pe-detection/2"
     assert set(payload) >= {
         *("status", "reasons", "probability", "threshold", "positive", "evidence", "candidates", "image", "model"),
-        "seconds",
+        *("seconds", "extent_estimate"),
     }
     assert set(payload["evidence"][0]) == {
         *("slab", "z_mm", "slice_index", "probability", "attention_peak", "peak_lps_mm"),
@@ -48,8 +48,10 @@ def test_json_holds_every_field_of_the_schema():
 
 
 def test_json_survives_the_way_through_a_file():
+    maps = np.eye(3)[None] * 0.9
     detection = example(
-        candidates=find_candidates(np.eye(3)[None] * 0.9, np.array([0.9]), grid_of(np.eye(3)[None]), [7])
+        candidates=find_candidates(maps, np.array([0.9]), grid_of(maps), [7]),
+        extent_estimate=estimate_extent(maps, np.array([0.9]), grid_of(maps)),
     )
     assert Detection.from_json(json.loads(json.dumps(detection.to_json(), allow_nan=False))) == detection
 
@@ -77,9 +79,21 @@ def test_probability_at_the_threshold_is_positive():
     assert not example(probability=0.4999).positive
 
 
-@pytest.mark.parametrize("broken", [{}, {"schema": "pe-detection/2"}, {"schema": "pe-detection/1"}])
+def test_a_file_of_schema_1_is_still_read_without_sizes_places_and_extent():
+    maps = np.eye(3)[None] * 0.9
+    payload = example(candidates=find_candidates(maps, np.array([0.9]), grid_of(maps), [7])).to_json()
+    del payload["extent_estimate"]
+    for added in ("size_mm", "slices", "volume_ml", "side", "level"):
+        del payload["candidates"][0][added]
+    old = Detection.from_json({**payload, "schema": "pe-detection/1"})
+    assert old.extent_estimate is None
+    assert (old.candidates[0].size_mm, old.candidates[0].slices, old.candidates[0].place) == (None, None, "")
+    assert old.probability == 0.73
+
+
+@pytest.mark.parametrize("broken", [{}, {"schema": "pe-detection/3"}, {"schema": "pe-detection/2"}])
 def test_another_schema_is_refused(broken):
-    with pytest.raises(ValueError, match="pe-detection/1"):
+    with pytest.raises(ValueError, match="pe-detection/2"):
         Detection.from_json(broken)
 
 
@@ -94,6 +108,27 @@ def test_two_apart_regions_are_two_candidates_ranked_by_peak_times_slab_probabil
     assert (first.slice_index, second.slice_index) == (28, 8)
     assert second.extent_mm == pytest.approx((20, 11, 6))  # two cells left-right, one front-back, one slab
     assert second.slab_probability == pytest.approx(probability[2])
+    assert second.size_mm == pytest.approx(20)
+    assert second.slices == (8, 8)
+    assert second.volume_ml == pytest.approx(2 * 10 * 11 * 6 / 1000)
+
+
+def test_a_candidate_over_several_slabs_names_its_lowest_and_highest_slice():
+    maps = np.zeros((10, 4, 4))
+    maps[3:6, 2, 2] = 1.0
+    (found,) = find_candidates(maps, np.ones(10), grid_of(maps), range(0, 40, 4))
+    assert found.slices == (12, 20)
+    assert found.size_mm == pytest.approx(18)  # three slabs of 6 mm, longer than its cells are wide
+
+
+def test_the_extent_estimate_is_the_volume_of_strong_cells_and_the_share_of_slabs_that_hold_one():
+    maps = np.zeros((10, 8, 8))
+    maps[2, 1, 1:4] = maps[7, 6, 6] = 1.0
+    maps[8] = 1.0  # a quiet slab: its own map counts for nothing
+    probability = np.where(np.arange(10) == 8, 0.1, 0.9)
+    extent = estimate_extent(maps, probability, grid_of(maps))
+    assert extent.volume_ml == pytest.approx(4 * 10 * 11 * 6 / 1000)
+    assert extent.slab_share == pytest.approx(0.2)
 
 
 def test_quiet_slabs_give_no_candidate_however_bright_their_own_map():
