@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import pe_app
 from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
 from pe_app.device import Precision, autocast, best_device
-from pe_app.errors import InputError
+from pe_app.errors import InputError, UnfitStudy
 from pe_app.files import write_durably
 from pe_app.lungs import find_lungs, lung_range
 from pe_app.progress import Progress, ProgressCallback, silent
@@ -258,7 +258,7 @@ class Detector:
             lungs = find_lungs(volume)
             reasons = (*self.card.reasons(), *check_study(volume, self.limits, lungs))
         if any(reason.refuses for reason in reasons):
-            return DetectionResult(self._refused(volume, reasons, seconds), None)
+            return DetectionResult(self._refused(ImageIdentity.of(volume), reasons, seconds), None)
 
         with _timed(seconds, "prepare"):
             slabs = study_slabs(volume, lung_range(volume, lungs), self.slabs)
@@ -323,8 +323,12 @@ class Detector:
         maps: NDArray[np.float32] = self.encoder.attention_map(features.float()).cpu().numpy()
         return maps
 
-    def _refused(self, volume: Volume, reasons: tuple[Reason, ...], seconds: Mapping[str, float]) -> Detection:
-        image = ImageIdentity.of(volume)
+    def refuse_unread(self, error: UnfitStudy) -> Detection:
+        """The refusal of a study whose files are whole but make no CT that could be looked at."""
+        nothing = ImageIdentity((0, 0, 0), (0.0, 0.0, 0.0), "")
+        return self._refused(nothing, (*self.card.reasons(), Reason(error.code, str(error), refuses=True)), {})
+
+    def _refused(self, image: ImageIdentity, reasons: tuple[Reason, ...], seconds: Mapping[str, float]) -> Detection:
         return Detection("refused", reasons, None, THRESHOLD, (), (), image, self.identity, seconds)
 
     def _serialised(self, half: bool) -> bytes:

@@ -59,6 +59,24 @@ def write_durably(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def append_durably(path: Path, line: bytes) -> int:
+    """Add one line, which ends with a newline, to a file that only grows; the place where it begins.
+
+    A line that a power cut tore before is closed first, so that it never runs into this one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        place = file.tell()
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    return place
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

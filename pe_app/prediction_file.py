@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 import pe_app
 from pe_app.detection import Detection
 from pe_app.detector import DetectionResult
+from pe_app.files import append_durably
 from pe_app.volume import Volume
 
 
@@ -63,16 +63,7 @@ class PredictionFile:
     def add(self, result: DetectionResult) -> Analysis:
         """Keep a detection; returns it as ``get`` will, so that a continued evaluation gives the same figures."""
         line = _encoded(result)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            place = file.tell()
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        place = append_durably(self._path, line)
         analysis = _decoded(line)
         if analysis is None:
             raise ValueError("a detection cannot be read back from its own line")
