@@ -12,8 +12,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from pe_app.annotation import SparseAnnotation
 from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.files import replacing, write_durably
-from pe_app.lungs import lung_range
+from pe_app.lungs import SliceRange, lung_range
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.slabs import ENCODER_STRIDE, SlabConfig, attention_target, slab_at, study_slabs
 from pe_app.studies import Study
@@ -35,6 +36,9 @@ from pe_app.volume_io import read_volume
 logger = logging.getLogger(__name__)
 
 EMBOLISM, NONE = 1, 0
+
+NegativeSlabs = Literal["mixed", "negative_studies", "matched"]
+"""Where slabs without embolism come from: see ``prepare_slabs``."""
 
 
 class SlabItem(NamedTuple):
@@ -148,19 +152,22 @@ class AnnotatedSlabs(Dataset[SlabItem]):
     Attributes:
         files: one a study.
         labels: ``(len,)``, 1 with embolism, 0 without.
+        slices: ``(len,)``, the CT slice in the middle of each slab.
+        places: of each slab, the number of its file and its row in it.
     """
 
     def __init__(self, files: Sequence[PreparedFile]) -> None:
         self.files = tuple(files)
-        labels = [np.load(file.path, mmap_mode="r")["label"] for file in files]
-        self.labels: NDArray[np.uint8] = np.concatenate(labels)
-        self._places = [(file, row) for file, rows in enumerate(labels) for row in range(len(rows))]
+        records = [np.load(file.path, mmap_mode="r") for file in files]
+        self.labels: NDArray[np.uint8] = np.concatenate([record["label"] for record in records])
+        self.slices: NDArray[np.int32] = np.concatenate([record["slice"] for record in records])
+        self.places = [(file, row) for file, rows in enumerate(records) for row in range(len(rows))]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> SlabItem:
-        file, row = self._places[index]
+        file, row = self.places[index]
         record = np.load(self.files[file].path, mmap_mode="r")[row]
         return SlabItem(
             torch.from_numpy(record["slab"].astype(np.float32)),
@@ -198,13 +205,19 @@ def prepare_slabs(
     cache_dir: Path,
     seed: int = 0,
     progress: ProgressCallback = silent,
+    negatives: NegativeSlabs = "mixed",
 ) -> AnnotatedSlabs:
     """The slabs that one side of the split trains or validates on, drawn once and kept.
 
-    Positive: every slice marked "embolism". Negative, as many in all: half from slices marked "none", half from the
-    lung range of studies with the label "negative", the same number a study, and more of these where fewer are marked
-    [ours]. Slices marked "uncertain" and slices of other studies that were not reviewed are never used. Drawn once, not
-    anew for every epoch, as in the paper (section 3.1: 10,388 of each).
+    Positive: every slice marked "embolism". Negative, as many in all. Slices marked "uncertain" and slices of other
+    studies that were not reviewed are never used. Drawn once, not anew for every epoch, as in the paper (section 3.1:
+    10,388 of each). Where negative slabs come from:
+
+    - ``"mixed"``: half from slices marked "none", half from the lung range of studies with the label "negative", the
+      same number a study, and more of these where fewer are marked [ours].
+    - ``"negative_studies"``: all from the lung range of negative studies, as in the paper (section 3.1).
+    - ``"matched"``: all from negative studies, at the relative heights in the lung at which the positive slabs lie.
+      Emboli sit round the hilum; drawn over the whole lung, slabs can be told apart by their height alone [ours].
 
     Args:
         sources: studies of one side of the split (``read_sources``).
@@ -212,10 +225,13 @@ def prepare_slabs(
         cache_dir: where the prepared slabs are kept; what is there already is not prepared again.
         seed: of the draw.
         progress: told before every study; may raise ``Cancelled``.
+        negatives: where slabs without embolism come from.
 
     Raises:
         InputError: if there is no slab of one kind, or a study cannot be used.
     """
+    if negatives not in get_args(NegativeSlabs):
+        raise ValueError(f"negatives must be one of {', '.join(get_args(NegativeSlabs))}, got {negatives!r}")
     positive = [_embolism_targets(source, config) for source in sources]
     none = [_reviewed(source, "none") for source in sources]
     drawn_from = [source.study.label == "negative" for source in sources]
@@ -228,16 +244,20 @@ def prepare_slabs(
         )
 
     generator = np.random.default_rng(seed)
+    if negatives != "mixed":
+        none = [[] for _ in sources]
     marked = [(number, index) for number, indices in enumerate(none) for index in indices]
     share = min(len(marked), wanted - wanted // 2 if any(drawn_from) else wanted)
     kept = {marked[place] for place in generator.permutation(len(marked))[:share]}
     random = _dealt(wanted - share, drawn_from, generator)
+    heights = iter(generator.permutation(_heights(sources, positive, cache_dir)) if negatives == "matched" else ())
 
     files = []
     for number, source in enumerate(sources):
         progress(Progress("prepare slabs", number, len(sources), source.study.study))
         negative = [index for index in none[number] if (number, index) in kept]
-        wish = _Wish(positive[number], negative, random[number], _reviewed(source, "uncertain"), seed)
+        at = tuple(round(float(height), 3) for height in islice(heights, random[number]))
+        wish = _Wish(positive[number], negative, random[number], _reviewed(source, "uncertain"), seed, at)
         if wish.positive or wish.negative or wish.random:
             files.append(_slab_file(source, wish, config, cache_dir))
     progress(Progress("prepare slabs", len(sources), len(sources)))
@@ -348,6 +368,30 @@ def encode_sources(
     return tuple(files)
 
 
+def prepare_arrays(
+    sources: Sequence[StudySource],
+    task: str,
+    key: str,
+    make: Callable[[Volume], NDArray[np.float16]],
+    cache_dir: Path,
+    progress: ProgressCallback = silent,
+) -> tuple[PreparedFile, ...]:
+    """One float16 array a study, made once by ``make`` and kept under the identity of its image and ``key``."""
+    files = []
+    for number, source in enumerate(sources):
+        progress(Progress(task, number, len(sources), source.study.study))
+        with _naming(source.study):
+            image, volume = _image(source, cache_dir)
+            path = cache_dir / f"{image}-{key}.npy"
+            if not _holds(path, np.dtype(np.float16), None):
+                array = make(volume or read_volume(source.study.path))
+                with replacing(path) as temporary:
+                    np.save(temporary, array)
+        files.append(PreparedFile(source.study.study, image, path))
+    progress(Progress(task, len(sources), len(sources)))
+    return tuple(files)
+
+
 def encoder_key(detector: Detector) -> str:
     """Identity of features: encoder weights, encoder and slab settings."""
     parts = [weights_sha256(detector.encoder), asdict(detector.encoder.config), asdict(detector.slabs)]
@@ -365,19 +409,24 @@ def weights_sha256(network: nn.Module) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Wish:
-    """Which slabs of a study are wanted: targets by positive slice, negative slices, and how many random ones."""
+    """Which slabs of a study are wanted: targets by positive slice, negative slices, and how many random ones.
+
+    ``heights`` are those of the random ones as shares of the lung range; empty where they may lie anywhere in it.
+    """
 
     positive: Mapping[int, NDArray[np.float32]]
     negative: Sequence[int]
     random: int
     uncertain: Sequence[int]
     seed: int
+    heights: tuple[float, ...] = ()
 
     def key(self, config: SlabConfig) -> str:
         """Identity of the slabs that this wish gives for one image."""
         targets = {index: hashlib.sha256(target.tobytes()).hexdigest() for index, target in self.positive.items()}
         uncertain = self.uncertain if self.random else ()
-        wish = [targets, *map(list, (self.negative, uncertain)), self.random, self.seed if self.random else 0]
+        seed = self.seed if self.random else 0
+        wish = [targets, *map(list, (self.negative, uncertain)), self.random, seed, *self.heights]
         return hashlib.sha256(json.dumps([wish, asdict(config)]).encode()).hexdigest()
 
 
@@ -432,6 +481,7 @@ def _slab_file(source: StudySource, wish: _Wish, config: SlabConfig, cache_dir: 
         ("slab", "<f2", (config.slices_per_slab, config.crop, config.crop)),
         ("target", "u1", (config.grid, config.grid)),
         ("label", "u1"),
+        ("slice", "<i4"),
     ]
     dtype = np.dtype(fields)
     key = wish.key(config)
@@ -452,6 +502,7 @@ def _slab_file(source: StudySource, wish: _Wish, config: SlabConfig, cache_dir: 
                 record["slab"] = slab_at(volume, index, config)
                 record["target"] = wish.positive[index] if label == EMBOLISM else 0
                 record["label"] = label
+                record["slice"] = index
             records.flush()
     return file
 
@@ -463,8 +514,37 @@ def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
     lung = lung_range(volume)
     taken = {*wish.negative, *wish.uncertain}
     free = [index for index in range(lung.first, lung.last + 1) if index not in taken]
+    if wish.heights:
+        chosen_at: list[int] = []
+        for height in wish.heights[: len(free)]:
+            place = lung.first + height * (lung.last - lung.first)
+            chosen_at.append(free.pop(int(np.abs(np.array(free) - place).argmin())))
+        return sorted(chosen_at)
     chosen = np.random.default_rng(seed).permutation(len(free))[: wish.random]
     return sorted(free[place] for place in chosen)
+
+
+def _heights(sources: Sequence[StudySource], positive: Sequence[Mapping[int, object]], cache_dir: Path) -> list[float]:
+    """Heights of the positive slices, from 0 at the lowest slice with lung to 1 at the highest."""
+    heights = []
+    for source, slices in zip(sources, positive, strict=True):
+        if slices:
+            with _naming(source.study):
+                lung = _lung(source, cache_dir)
+            span = max(lung.last - lung.first, 1)
+            heights += [min(max((index - lung.first) / span, 0.0), 1.0) for index in slices]
+    return heights
+
+
+def _lung(source: StudySource, cache_dir: Path) -> SliceRange:
+    """The lung range: remembered by the files' bytes."""
+    note = cache_dir / "lungs" / source.files_sha256
+    if not note.is_file():
+        lung = lung_range(read_volume(source.study.path))
+        write_durably(note, f"{lung.first} {lung.last}")
+        return lung
+    first, last = note.read_text().split()
+    return SliceRange(int(first), int(last))
 
 
 def _image(source: StudySource, cache_dir: Path) -> tuple[str, Volume | None]:

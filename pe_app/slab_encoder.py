@@ -26,26 +26,30 @@ class EncoderConfig:
 
     Attributes:
         slices_per_slab: slices of a slab, the channels of the input.
-        width: channels after the first convolution; the features have 8 times as many.
+        width: channels after the first convolution; the features have 8 times as many, 16 times for DenseNet121.
         attention_score: what the attention map explains: ``"difference"`` of the two logits, the score that decides
             [ours]; or ``"positive_logit"``, the literal reading, whose map may die since cross-entropy leaves the
             level of one logit free.
+        architecture: ``"resnet18"``; or ``"densenet121"``, which the authors name as future work [ours].
     """
 
     slices_per_slab: int = 5
     width: int = 64
     attention_score: Literal["difference", "positive_logit"] = "difference"
+    architecture: Literal["resnet18", "densenet121"] = "resnet18"
 
     def __post_init__(self) -> None:
         if self.attention_score not in ("difference", "positive_logit"):
             raise ValueError(f"attention_score must be 'difference' or 'positive_logit', got {self.attention_score!r}")
-        if min(self.slices_per_slab, self.width) < 1:
-            raise ValueError(f"a slab needs slices and the network channels, got {self}")
+        if self.architecture not in ("resnet18", "densenet121"):
+            raise ValueError(f"architecture must be 'resnet18' or 'densenet121', got {self.architecture!r}")
+        if min(self.slices_per_slab, self.width) < 1 or (self.architecture == "densenet121" and self.width % 2):
+            raise ValueError(f"a slab needs slices and the network channels (DenseNet an even number), got {self}")
 
     @property
     def feature_channels(self) -> int:
-        """Channels of the features: 512."""
-        return 8 * self.width
+        """Channels of the features: 512, of DenseNet121 1024."""
+        return (8 if self.architecture == "resnet18" else 16) * self.width
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +57,7 @@ class EncodedSlabs:
     """What the encoder says of a batch of slabs.
 
     Attributes:
-        features: ``(batch, 8 * width, grid, grid)``, the last convolution's activations after ReLU.
+        features: ``(batch, feature_channels, grid, grid)``, the last convolution's activations after ReLU.
         logits: ``(batch, 2)``: none, embolism.
     """
 
@@ -64,19 +68,23 @@ class EncodedSlabs:
 class SlabEncoder(nn.Module):
     """ResNet18 that keeps a 24 x 24 map: the last stage has stride 1, the head is one linear layer over the mean.
 
-    Parameters carry torchvision's names, so weights of its ResNet18 fit.
+    Parameters carry torchvision's names, so weights of its ResNet18 fit. DenseNet121 (MONAI's) keeps its map likewise:
+    the last transition does not pool.
     """
 
     def __init__(self, config: EncoderConfig = EncoderConfig()) -> None:
         super().__init__()
         self.config = config
-        width = config.width
-        self.conv1 = nn.Conv2d(config.slices_per_slab, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = nn.Sequential(_Block(width, width), _Block(width, width))
-        self.layer2 = nn.Sequential(_Block(width, 2 * width, stride=2), _Block(2 * width, 2 * width))
-        self.layer3 = nn.Sequential(_Block(2 * width, 4 * width, stride=2), _Block(4 * width, 4 * width))
-        self.layer4 = nn.Sequential(_Block(4 * width, 8 * width), _Block(8 * width, 8 * width))
+        if config.architecture == "densenet121":
+            self.densenet = _densenet121(config)
+        else:
+            width = config.width
+            self.conv1 = nn.Conv2d(config.slices_per_slab, width, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.layer1 = nn.Sequential(_Block(width, width), _Block(width, width))
+            self.layer2 = nn.Sequential(_Block(width, 2 * width, stride=2), _Block(2 * width, 2 * width))
+            self.layer3 = nn.Sequential(_Block(2 * width, 4 * width, stride=2), _Block(4 * width, 4 * width))
+            self.layer4 = nn.Sequential(_Block(4 * width, 8 * width), _Block(8 * width, 8 * width))
         self.fc = nn.Linear(config.feature_channels, 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -84,12 +92,20 @@ class SlabEncoder(nn.Module):
 
     def forward(self, slabs: Tensor) -> EncodedSlabs:
         """Encode slabs ``(batch, slices_per_slab, rows, columns)`` of HU mapped to 0..1; sides multiples of 16."""
-        stem = F.relu(self.bn1(self.conv1(slabs)), inplace=True)
-        x = F.max_pool2d(stem, 3, stride=2, padding=1)
-        features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        if self.config.architecture == "densenet121":
+            features = self.densenet(slabs)
+        else:
+            stem = F.relu(self.bn1(self.conv1(slabs)), inplace=True)
+            x = F.max_pool2d(stem, 3, stride=2, padding=1)
+            features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return EncodedSlabs(features, self.logits(features))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """``(batch, 2)``, none and embolism, of features ``(batch, feature_channels, rows, columns)``."""
         mean = features.mean((2, 3), dtype=self.fc.weight.dtype)
-        logits = (mean[:, None] * self.fc.weight).sum(2) + self.fc.bias  # a product that autocast does not shorten
-        return EncodedSlabs(features, logits)
+        # a product that autocast does not shorten
+        logits: Tensor = (mean[:, None] * self.fc.weight).sum(2) + self.fc.bias
+        return logits
 
     def attention_map(self, features: Tensor) -> Tensor:
         """Grad-CAM for "embolism" in closed form, differentiable with respect to features and weights.
@@ -99,7 +115,7 @@ class SlabEncoder(nn.Module):
         backward pass is needed. ``w = w_embolism - w_none``, or ``w_embolism`` alone for ``"positive_logit"``.
 
         Args:
-            features: ``(batch, 8 * width, rows, columns)``, as ``forward`` returns them.
+            features: ``(batch, feature_channels, rows, columns)``, as ``forward`` returns them.
 
         Returns:
             ``(batch, rows, columns)``, from 0, not normalised, in the precision of the weights also under autocast.
@@ -122,6 +138,8 @@ class SlabEncoder(nn.Module):
             InputError: if the file cannot be read or holds another network.
         """
         path = Path(path)
+        if self.config.architecture != "resnet18":
+            raise InputError(f"{path}: weights of ResNet18 do not fit {self.config.architecture}: choose one of them")
         weights = _read_weights(path)
         own = self.state_dict()
         wanted = {name for name in own if not name.startswith("fc.") and not name.endswith("num_batches_tracked")}
@@ -148,6 +166,16 @@ def normalised(maps: Tensor) -> Tensor:
     """Attention maps ``(batch, rows, columns)``, each divided by its own maximum where that is above 0."""
     peak = maps.amax((-2, -1), keepdim=True)
     return maps / torch.where(peak > 0, peak, torch.ones_like(peak))
+
+
+def _densenet121(config: EncoderConfig) -> nn.Module:
+    """MONAI's DenseNet121 up to its last map, with a ReLU (Huang et al. 2017, arXiv:1608.06993)."""
+    from monai.networks.nets import DenseNet121  # seconds to import, and only this encoder needs it
+
+    width = config.width
+    network = DenseNet121(2, config.slices_per_slab, 1, init_features=width, growth_rate=width // 2)
+    network.features.transition3.pool = nn.Identity()
+    return nn.Sequential(network.features, nn.ReLU(inplace=True))
 
 
 class _Block(nn.Module):

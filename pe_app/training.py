@@ -18,10 +18,12 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pe_app.datasets import (
     AnnotatedSlabs,
     Augmentation,
+    NegativeSlabs,
     PreparedFile,
     SlabItem,
     StudyFeatures,
@@ -41,7 +43,7 @@ from pe_app.progress import ProgressCallback, silent
 from pe_app.slab_encoder import EncoderConfig, SlabEncoder
 from pe_app.slabs import SlabConfig
 from pe_app.studies import Label, Split, Study, split_studies
-from pe_app.study_classifier import ClassifierConfig, StudyClassifier
+from pe_app.study_classifier import ClassifierConfig
 from pe_app.training_loop import Columns, Schedule, derived_seed, fit
 from pe_app.training_run import TrainingRun, git_revision, utc_now
 
@@ -61,10 +63,15 @@ class EncoderTraining:
         validation_fraction: share of patients kept for validation.
         attention_weight: lambda, the weight of the attention loss; 0 is the paper's scenario 2.
         attention_loss: which attention loss.
+        negative_slabs: where slabs without embolism come from (``prepare_slabs``); ``"negative_studies"`` is the
+            paper's way, ``"mixed"`` makes use of slices marked "none" [ours], ``"matched"`` takes away the height of a
+            slab as a hint [ours].
         augment: whether training slabs are changed at random; ``augmentation`` says how strongly [ours].
         augmentation: strengths, without effect where ``augment`` is off.
         schedule: of the learning rate: constant, or falling from epoch to epoch along half a cosine, which lets short
             trainings settle [ours].
+        fresh_statistics: estimate the running statistics of batch normalisation anew over the training slabs at the end
+            of every epoch, before validation: in short trainings they lag behind the weights [ours].
         precision: number format of the network; weights stay float32 [ours].
         workers: processes that read slabs ahead; 0 reads in between, which two processor cores like best.
         seed: of first weights, split, draw of slabs, order and augmentation.
@@ -76,15 +83,19 @@ class EncoderTraining:
     validation_fraction: float = 0.2
     attention_weight: float = 1.0
     attention_loss: AttentionLoss = field(default_factory=AttentionLoss)
+    negative_slabs: NegativeSlabs = "mixed"
     augment: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Schedule = "constant"
+    fresh_statistics: bool = False
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_settings(self)
+        if self.negative_slabs not in get_args(NegativeSlabs):
+            raise InputError(f"negative_slabs must be one of {', '.join(get_args(NegativeSlabs))}")
         if not 0 <= self.attention_weight < math.inf:
             raise InputError(f"attention_weight must be a number from 0 on, got {self.attention_weight}")
 
@@ -98,6 +109,7 @@ class ClassifierTraining:
     epochs: int = 50
     validation_fraction: float = 0.2
     schedule: Schedule = "constant"
+    fresh_statistics: bool = False
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 0
@@ -118,6 +130,7 @@ def train_encoder(
     start_from: Path | None = None,
     synthetic: bool = False,
     run_dir: Path | None = None,
+    slabs_dir: Path | None = None,
     device: torch.device | None = None,
     progress: ProgressCallback = silent,
 ) -> Detector:
@@ -135,7 +148,8 @@ def train_encoder(
         imagenet: local file of ImageNet ResNet18 weights to start from, instead of random ones [ours].
         start_from: file of a detector whose encoder is trained on; its own slab settings and shapes are then used.
         synthetic: recorded in the model card: every embolism was simulated or painted.
-        run_dir: metrics, curves, checkpoint and prepared slabs; ``out`` with the suffix ``.run`` by default.
+        run_dir: metrics, curves and checkpoint; ``out`` with the suffix ``.run`` by default.
+        slabs_dir: prepared slabs, may be shared by runs; ``slabs`` in the run folder by default.
         device: the best one by default.
         progress: told after every step of the whole training; may raise ``Cancelled``.
 
@@ -161,11 +175,14 @@ def train_encoder(
         pretrained = hashlib.sha256(imagenet.read_bytes()).hexdigest() if imagenet else "none"
         former_weights = hashlib.sha256(start_from.read_bytes()).hexdigest() if start_from else "none"
         more = {"imagenet": pretrained, "start_from": former_weights, "synthetic": str(synthetic)}
-        identity = _identity(settings, start, sources, more)
+        identity = training_identity(settings, _shapes(start), sources, more)
         run.resume(identity, encoder, optimiser)
         if not run.state.published:
-            train, validation = (_prepared(sources, side, start.slabs, settings, run) for side in SIDES)
-            _check_apart(train.files, validation.files)
+            kept = slabs_dir or run.folder / "slabs"
+            train, validation = (
+                prepared_slabs(sources, side, start.slabs, settings, kept, run.report) for side in SIDES
+            )
+            check_apart(train.files, validation.files)
 
             def score(items: SlabItem, generator: torch.Generator | None) -> Columns:
                 if settings.augment and generator is not None:
@@ -174,9 +191,9 @@ def train_encoder(
 
             fit(run, encoder, optimiser, (train, validation), score, settings)
             files = (*train.files, *validation.files)
-            used = {**_flat(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
+            used = {**flat_settings(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
             used["start_from"] = start_from.name if start_from else None
-            run.publish(_record(run, used, sources, files, device, synthetic=synthetic), encoder, optimiser)
+            run.publish(training_record(run, used, sources, files, device, synthetic=synthetic), encoder, optimiser)
 
         record = TrainingRecord.from_json(json.loads(run.state.published))
         encoder.load_state_dict(dict(run.state.best_weights))
@@ -228,22 +245,25 @@ def train_classifier(
     classifier = start.classifier.to(device)
 
     usable = [study for study in split(studies, settings) if study.label in LABELS and study.split in SIDES]
-    _check_labels(usable)
+    check_labels(usable)
     with TrainingRun(_run_folder(out, run_dir), "train classifier", settings.epochs, progress) as run:
         sources = read_sources(usable, annotations=False, progress=run.report)
         optimiser = torch.optim.Adam(classifier.parameters(), lr=settings.learning_rate)
-        identity = _identity(settings, start, sources, {"encoder": encoder_key(base), "synthetic": str(synthetic)})
+        more = {"encoder": encoder_key(base), "synthetic": str(synthetic)}
+        identity = training_identity(settings, _shapes(start), sources, more)
         run.resume(identity, classifier, optimiser)
         if not run.state.published:
             files = encode_sources(base.to(device), sources, cache_dir or run.folder / "features", run.report)
-            train, validation = (_labelled(usable, files, side) for side in SIDES)
-            _check_apart(train.files, validation.files)
+            train, validation = (labelled_studies(usable, files, side) for side in SIDES)
+            check_apart(train.files, validation.files)
 
             def score(items: StudyItem, _: torch.Generator | None) -> Columns:
                 return score_studies(classifier, items, settings)
 
             fit(run, classifier, optimiser, (train, validation), score, settings)
-            record_json = _record(run, _flat(asdict(settings)), sources, files, device, synthetic=synthetic)
+            record_json = training_record(
+                run, flat_settings(asdict(settings)), sources, files, device, synthetic=synthetic
+            )
             run.publish(record_json, classifier, optimiser)
 
         record = TrainingRecord.from_json(json.loads(run.state.published))
@@ -296,27 +316,35 @@ def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining
     }
 
 
-def score_studies(classifier: StudyClassifier, items: StudyItem, settings: ClassifierTraining) -> Columns:
-    """How well the classifier judges a batch of studies: ``loss`` is the binary cross-entropy of every study."""
-    device = classifier.fc.weight.device
+def score_studies(network: nn.Module, items: StudyItem, settings: ClassifierTraining) -> Columns:
+    """How well a network judges a batch of studies: ``loss`` is the binary cross-entropy of every study."""
+    device = next(network.parameters()).device
     labels = items.label.to(device)
     with autocast(device, settings.precision):
-        logit = classifier(items.features.to(device, torch.float32, non_blocking=True))
+        logit = network(items.features.to(device, torch.float32, non_blocking=True))
     loss = F.binary_cross_entropy_with_logits(logit, labels.to(logit.dtype), reduction="none")
     return {"loss": loss, "logit": logit, "label": labels}
 
 
-def _prepared(
-    sources: Sequence[StudySource], side: Split, config: SlabConfig, settings: EncoderTraining, run: TrainingRun
+def prepared_slabs(
+    sources: Sequence[StudySource],
+    side: Split,
+    config: SlabConfig,
+    settings: EncoderTraining,
+    cache_dir: Path,
+    progress: ProgressCallback,
 ) -> AnnotatedSlabs:
+    """The slabs of one side of the split, drawn as the settings say (``prepare_slabs``)."""
     here = [source for source in sources if source.study.split == side]
+    seed = derived_seed(settings.seed, "draw", side)
     try:
-        return prepare_slabs(here, config, run.folder / "slabs", derived_seed(settings.seed, "draw", side), run.report)
+        return prepare_slabs(here, config, cache_dir, seed, progress, settings.negative_slabs)
     except InputError as error:
         raise InputError(f"{side} studies: {error}") from error
 
 
-def _labelled(studies: Sequence[Study], files: Sequence[PreparedFile], side: Split) -> StudyFeatures:
+def labelled_studies(studies: Sequence[Study], files: Sequence[PreparedFile], side: Split) -> StudyFeatures:
+    """The files of one side of the split with their studies' labels."""
     here = [
         (file, LABELS.index(study.label)) for study, file in zip(studies, files, strict=True) if study.split == side
     ]
@@ -334,7 +362,8 @@ def _run_folder(out: Path, run_dir: Path | None) -> Path:
     return run_dir or out.with_suffix(".run")
 
 
-def _check_labels(studies: Sequence[Study]) -> None:
+def check_labels(studies: Sequence[Study]) -> None:
+    """InputError unless both sides of the split hold both labels."""
     for side in SIDES:
         for label in LABELS:
             if not any(study.split == side and study.label == label for study in studies):
@@ -344,7 +373,7 @@ def _check_labels(studies: Sequence[Study]) -> None:
                 )
 
 
-def _check_apart(train: Sequence[PreparedFile], validation: Sequence[PreparedFile]) -> None:
+def check_apart(train: Sequence[PreparedFile], validation: Sequence[PreparedFile]) -> None:
     """One CT under two names would make the validation worthless."""
     seen = {file.image_sha256: file.study for file in train}
     for file in validation:
@@ -364,18 +393,13 @@ def _check_settings(settings: EncoderTraining | ClassifierTraining) -> None:
         raise InputError(f"precision must be one of {', '.join(get_args(Precision))}, got {settings.precision!r}")
 
 
-def _identity(
+def training_identity(
     settings: EncoderTraining | ClassifierTraining,
-    start: Detector,
+    shapes: Mapping[str, Mapping[str, object]],
     sources: Sequence[StudySource],
     more: Mapping[str, str],
 ) -> dict[str, str]:
     """What must not change between a training and its continuation, in words or hashes."""
-    shapes = {
-        "slabs": asdict(start.slabs),
-        "encoder shape": asdict(start.encoder.config),
-        "classifier shape": asdict(start.classifier.config),
-    }
     rows = [
         (*map(str, (row.study, row.patient, row.label, row.split)), source.files_sha256, source.annotation_sha256)
         for source in sources
@@ -383,14 +407,22 @@ def _identity(
     ]
     return {
         "training": type(settings).__name__,
-        **{name: str(value) for name, value in _flat(asdict(settings)).items()},
+        **{name: str(value) for name, value in flat_settings(asdict(settings)).items()},
         **{name: json.dumps(shape) for name, shape in shapes.items()},
         "studies": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         **more,
     }
 
 
-def _record(
+def _shapes(detector: Detector) -> dict[str, Mapping[str, object]]:
+    return {
+        "slabs": asdict(detector.slabs),
+        "encoder shape": asdict(detector.encoder.config),
+        "classifier shape": asdict(detector.classifier.config),
+    }
+
+
+def training_record(
     run: TrainingRun,
     settings: Mapping[str, str | int | float | bool | None],
     sources: Sequence[StudySource],
@@ -434,12 +466,12 @@ def _published(detector: Detector, device: torch.device, out: Path) -> Detector:
     return detector.to(device)
 
 
-def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+def flat_settings(settings: Mapping[str, object], prefix: str = "") -> dict[str, str | int | float | bool | None]:
     """Settings within settings as one level: ``attention_loss.kind``."""
     flat: dict[str, str | int | float | bool | None] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            flat.update(flat_settings(value, f"{prefix}{name}."))
         elif value is None or isinstance(value, (str, int, float)):
             flat[prefix + name] = value
         else:

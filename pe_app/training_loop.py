@@ -53,6 +53,10 @@ class LoopSettings(Protocol):
         """Of the learning rate."""
 
     @property
+    def fresh_statistics(self) -> bool:
+        """Whether batch normalisation's running statistics are estimated anew before validation."""
+
+    @property
     def workers(self) -> int:
         """Processes that read items ahead."""
 
@@ -96,6 +100,8 @@ def fit(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derived_seed(settings.seed, "dropout", epoch))  # dropout knows no generator of its own
             for side, training in zip(sides, (True, False), strict=True):
+                if settings.fresh_statistics and not training:
+                    _estimate_statistics(network, sides[0], score, settings)
                 scored = []
                 for items in _batches(side, settings, device, generator if training else None):
                     column = _step(network, optimiser, score, items, generator if training else None)
@@ -159,6 +165,31 @@ def _step(
         columns["loss"].mean().backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return {name: column.detach().cpu() for name, column in columns.items()}
+
+
+def _estimate_statistics(
+    network: nn.Module,
+    side: Dataset[Item],
+    score: Callable[[Item, torch.Generator | None], Columns],
+    settings: LoopSettings,
+) -> None:
+    """Running means and variances of all batch normalisations as plain averages over one pass in random order."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    device = next(network.parameters()).device
+    order = torch.Generator().manual_seed(derived_seed(settings.seed, "statistics"))
+    with torch.no_grad():
+        for items in _batches(side, settings, device, order):
+            score(items, None)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def _summary(columns: Columns, prefix: str) -> Metrics:

@@ -6,13 +6,18 @@ Zisserman 2017 (I3D, arXiv:1705.07750) and Szegedy et al. 2015 (the Inception ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pe_app.lungs import lung_range
+from pe_app.slabs import SlabConfig, study_slabs
 from pe_app.study_classifier import ConvLSTM
+from pe_app.volume import Volume
 
 INCEPTION: tuple[tuple[tuple[int, int, int, int, int, int], ...], ...] = (
     ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
@@ -43,6 +48,17 @@ class CNN3DConfig:
     width: int = 64
     filters: int = 96
     dropout: float = 0.5
+
+
+def cnn3d_planes(volume: Volume, slabs: SlabConfig) -> NDArray[np.float32]:
+    """What the network reads of a study: the lung range resized to 200 slices, at half the in-plane resolution.
+
+    The slices are those of stage II's slabs, averaged over 2 x 2 pixels: 200 x 192 x 192, PENet's resolution [ours].
+    """
+    found = study_slabs(volume, lung_range(volume), replace(slabs, slab_spacing="lung"))
+    planes = found.pixels[:, : slabs.slab_stride].reshape(-1, 1, slabs.crop, slabs.crop)
+    pooled: NDArray[np.float32] = F.avg_pool2d(torch.from_numpy(planes.copy()), 2)[:, 0].numpy()
+    return pooled
 
 
 class InflatedInception(nn.Module):

@@ -86,12 +86,11 @@ class PENet(nn.Module):
         return logits
 
 
-def penet_windows(volume: Volume, config: PENetConfig = PENetConfig()) -> NDArray[np.float32]:
-    """The windows of a study, from the feet to the head: ``(windows, slices, crop, crop)``.
+def penet_planes(volume: Volume, config: PENetConfig = PENetConfig()) -> NDArray[np.float32]:
+    """All slices of a study as PENet reads them, from the feet to the head: ``(slices, crop, crop)``.
 
     HU are clipped to the window, mapped to 0..1 and the mean is subtracted. Slices keep their own spacing, as in the
-    original. The last window ends with the last slice; a study of fewer slices is filled up with air [ours]. The
-    study's probability is the maximum over its windows.
+    original. A study of fewer slices than a window is filled up with air [ours].
     """
     low, high = config.hu_window
     hu = volume.voxels.astype(np.float32)
@@ -103,9 +102,19 @@ def penet_windows(volume: Volume, config: PENetConfig = PENetConfig()) -> NDArra
     if planes.shape[2:] != size:
         planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
     margin = (config.resize - config.crop) // 2
-    cropped = planes[:, 0, margin : margin + config.crop, margin : margin + config.crop].numpy()
-    starts = sorted({*range(0, len(cropped) - config.slices, config.stride), len(cropped) - config.slices})
-    return np.stack([cropped[start : start + config.slices] for start in starts])
+    cropped: NDArray[np.float32] = planes[:, 0, margin : margin + config.crop, margin : margin + config.crop].numpy()
+    return cropped
+
+
+def window_starts(slices: int, config: PENetConfig = PENetConfig()) -> list[int]:
+    """First slices of the windows that cover a study; the last window ends with the last slice."""
+    return sorted({*range(0, slices - config.slices, config.stride), slices - config.slices})
+
+
+def penet_windows(volume: Volume, config: PENetConfig = PENetConfig()) -> NDArray[np.float32]:
+    """The windows of a study, ``(windows, slices, crop, crop)``; its probability is the maximum over them."""
+    planes = penet_planes(volume, config)
+    return np.stack([planes[start : start + config.slices] for start in window_starts(len(planes), config)])
 
 
 class _Bottleneck(nn.Module):
