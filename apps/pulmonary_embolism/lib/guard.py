@@ -1,7 +1,7 @@
 """Every request passes here first, and every answer last.
 
-request -> which route, which rule -> from where -> whose token -> which role -> how large -> the app
-answer  <- headers <- a line in the audit log <-------------------------------------------------- the app
+request -> which route, which rule -> from where -> whose token, which role -> how large -> the app
+answer <- a line in the audit log, headers <- the app
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
-                self._write_down(request, scope, status)
+                await self._write_down(request, scope, status)
             await send(message)
 
         try:
@@ -88,7 +88,7 @@ class Guard:
         finally:
             self._uploads -= request.rule.upload
             if status is None:  # the connection broke, or the server stops
-                self._write_down(request, scope, None)
+                await self._write_down(request, scope, None)
 
     def _check_origin(self, scope: Scope) -> None:
         """Refuse other machines where nobody proves anything, names not ours (DNS rebinding), and foreign web pages."""
@@ -134,7 +134,7 @@ class Guard:
             )
         return caller
 
-    def _write_down(self, request: Asked, scope: Scope, status: int | None) -> None:
+    async def _write_down(self, request: Asked, scope: Scope, status: int | None) -> None:
         refused = status in (401, 403)
         if self.audit is None or not (refused or request.rule.does):
             return
@@ -150,7 +150,7 @@ class Guard:
         }
         if state.get("study"):  # the one that the server chose
             entry["study"] = state["study"]
-        self.audit.write(entry, refused=refused)
+        await self.audit.write(entry, refused=refused)
 
 
 def is_loopback(host: str) -> bool:
