@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import ndimage
 
 from pe_app.detection import NOTICE, Detection
@@ -29,6 +31,10 @@ PICTURED_SLICES = 3
 APART_MM = 12.0
 """Pictured slices lie at least this far apart, so that one embolus does not fill the page."""
 
+THUMBNAILS = "thumbnails.jpg"
+THUMBNAIL_PX = 220
+"""Width of one of them."""
+
 BODY_HU = -300
 """Tissue is above, air and lung are below."""
 
@@ -36,26 +42,29 @@ _BACKGROUND, _INK, _MUTED, _ACCENT, _WARNING = "#14181d", "#e8ecf0", "#8d99a6", 
 
 
 def write_result(
-    result: DetectionResult, volume: Volume, folder: Path, name: str, *, full_resolution: bool = False
+    result: DetectionResult, volume: Volume | None, folder: Path, name: str, *, full_resolution: bool = False
 ) -> None:
-    """Write detection.json, review.png and index.html; with an attention volume also attention.nrrd.
+    """Write detection.json, review.png, thumbnails.jpg and index.html; with an attention volume also attention.nrrd.
 
     Args:
         result: what the model said.
-        volume: the CT it was said of.
+        volume: the CT it was said of; None where the files made none: then there are no pictures.
         folder: made where missing; the same files of an earlier detection are replaced, each all or nothing.
         name: what the page calls the study.
         full_resolution: also write attention_full.nrrd, the attention on the CT's own grid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("attention.nrrd", "attention_full.nrrd"):
+    for stale in ("detection.json", "attention.nrrd", "attention_full.nrrd", "review.png", THUMBNAILS):
         (folder / stale).unlink(missing_ok=True)
-    if result.attention is not None:
-        write_volume(result.attention, folder / "attention.nrrd")
-        if full_resolution:
-            write_volume(resample_like(result.attention, volume), folder / "attention_full.nrrd")
-    picture = review_picture(result, volume, name)
-    write_durably(folder / "review.png", picture)
+    picture = b""
+    if volume is not None:
+        if result.attention is not None:
+            write_volume(result.attention, folder / "attention.nrrd")
+            if full_resolution:
+                write_volume(resample_like(result.attention, volume), folder / "attention_full.nrrd")
+        picture = review_picture(result, volume, name)
+        write_durably(folder / "review.png", picture)
+        write_durably(folder / THUMBNAILS, thumbnails(result, volume))
     write_durably(folder / "index.html", review_page(result.detection, picture, name))
     write_durably(folder / "detection.json", json.dumps(result.detection.to_json(), indent=1))
 
@@ -91,6 +100,28 @@ def review_picture(result: DetectionResult, volume: Volume, name: str) -> bytes:
     return buffer.getvalue()
 
 
+def thumbnails(result: DetectionResult, volume: Volume) -> bytes:
+    """A JPEG of the strongest slices with attention, side by side, strongest first; for lists of many studies."""
+    chosen = strongest_slices(result.detection, volume)
+    (top, bottom), (left, right) = ((int(low), int(high) + 1) for low, high in _body_box(volume, chosen))
+    height_mm, width_mm = (bottom - top) * volume.spacing_mm[1], (right - left) * volume.spacing_mm[2]
+    size = THUMBNAIL_PX, max(1, round(THUMBNAIL_PX * height_mm / width_mm))
+    low, high = PE_WINDOW_HU
+    strip = Image.new("RGB", (size[0] * len(chosen), size[1]))
+    for place, slice_index in enumerate(chosen):
+        gray = np.clip((volume.voxels[slice_index].astype(np.float32) - low) / (high - low), 0, 1)
+        colour = np.repeat(gray[..., None], 3, axis=2)
+        if result.attention is not None:
+            strength = _attention_on(volume, result.attention, slice_index)
+            opaque = _opacity(strength)[..., None]
+            colour = (1 - opaque) * colour + opaque * colormaps["inferno"](strength)[..., :3]
+        picture = Image.fromarray(np.rint(255 * colour).astype(np.uint8)).crop((left, top, right, bottom))
+        strip.paste(picture.resize(size, Image.Resampling.LANCZOS), (place * size[0], 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
 def strongest_slices(detection: Detection, volume: Volume, count: int = PICTURED_SLICES) -> tuple[int, ...]:
     """CT slices worth a picture, strongest first: of candidates, then of slabs; evenly spread where there are none."""
     slabs = sorted(detection.evidence, key=lambda evidence: -evidence.probability)
@@ -111,14 +142,19 @@ def review_page(detection: Detection, picture: bytes, name: str) -> str:
         for reason in detection.reasons
     )
     candidates = _table(
-        ("rank", "z (mm)", "slice", "centre L, P, S (mm)", "extent (mm)", "attention", "slab probability"),
+        (
+            *("rank", "place", "slice", "slices", "z (mm)", "size (mm)"),
+            *("centre L, P, S (mm)", "attention", "slab probability"),
+        ),
         [
             (
                 str(candidate.rank),
-                f"{candidate.z_mm:.1f}",
+                candidate.place,
                 str(candidate.slice_index),
-                ", ".join(f"{value:.0f}" for value in candidate.centre_lps_mm),
+                f"{candidate.slices[0]} to {candidate.slices[1]}" if candidate.slices else "",
+                f"{candidate.z_mm:.1f}",
                 " x ".join(f"{value:.0f}" for value in candidate.extent_mm),
+                ", ".join(f"{value:.0f}" for value in candidate.centre_lps_mm),
                 f"{candidate.peak:.2f}",
                 f"{candidate.slab_probability:.2f}",
             )
@@ -145,14 +181,25 @@ def review_page(detection: Detection, picture: bytes, name: str) -> str:
         notice=html.escape(NOTICE),
         verdict=html.escape(verdict(detection)),
         reasons=f"<ul>{reasons}</ul>" if reasons else "",
-        picture=base64.b64encode(picture).decode(),
-        candidates=candidates if detection.candidates else "<p>No region of attention is strong enough to list.</p>",
+        picture=_PICTURE.format(base64.b64encode(picture).decode()) if picture else "",
+        candidates=_where(detection, candidates),
         evidence=evidence if detection.evidence else "<p>None: the study was not analysed.</p>",
         model=html.escape(f"{model.name} {model.version}"),
         model_sha=html.escape(model.sha256),
-        image=html.escape(f"{size} voxels of {spacing} mm (slice, row, column)"),
+        image=html.escape(f"{size} voxels of {spacing} mm (slice, row, column)" if image.sha256 else "not read"),
         image_sha=html.escape(image.sha256),
         seconds=f"{detection.seconds.get('total', 0.0):.1f}",
+    )
+
+
+def extent_words(detection: Detection) -> str:
+    """One sentence on how far attention reaches; empty where nothing is strong enough or it is not known."""
+    extent = detection.extent_estimate
+    if extent is None or not extent.volume_ml:
+        return ""
+    return (
+        f"Extent estimate: attention over {extent.volume_ml:.0f} ml in {100 * extent.slab_share:.0f}% of the lung's "
+        "height. Not a clot burden: attention is wider than a clot."
     )
 
 
@@ -162,6 +209,14 @@ def verdict(detection: Detection) -> str:
         return "Not analysed: " + "; ".join(reason.code for reason in detection.reasons if reason.refuses)
     side = "at or above" if detection.positive else "below"
     return f"Probability of embolism {detection.probability:.3f}, {side} the threshold of {detection.threshold:.2f}"
+
+
+def _where(detection: Detection, table: str) -> str:
+    if detection.status == "refused":
+        return "<p>Nowhere: the study was not analysed.</p>"
+    if not detection.candidates:
+        return "<p>No region of attention is strong enough to list.</p>"
+    return f'{table}<p class="muted">{html.escape(extent_words(detection))}</p>'
 
 
 def _draw_header(figure: Figure, detection: Detection, name: str) -> None:
@@ -183,7 +238,7 @@ def _draw_front(axes: Axes, volume: Volume, attention: Volume | None, chosen: tu
         outer = np.array([(0, 0, 0), attention.shape]) - 0.5
         corners = volume.to_index(attention.to_lps_mm(outer))
         extent = (corners[0, 2], corners[1, 2], corners[0, 0], corners[1, 0])
-        _show_attention(axes, attention.voxels.max(axis=1), extent, aspect)
+        _show_attention(axes, attention.voxels.max(axis=1).astype(np.float32) / 255, extent, aspect)
     for slice_index in chosen:
         axes.axhline(slice_index, color=_ACCENT, linewidth=0.8, alpha=0.8)
     axes.set_xlim(-0.5, columns - 0.5)
@@ -239,20 +294,30 @@ def _draw_slice(axes: Axes, volume: Volume, slice_index: int) -> None:
 
 
 def _overlay(axes: Axes, volume: Volume, attention: Volume, slice_index: int) -> None:
+    strength = _attention_on(volume, attention, slice_index)
+    _show_attention(axes, strength, None, volume.spacing_mm[1] / volume.spacing_mm[2])
+
+
+def _attention_on(volume: Volume, attention: Volume, slice_index: int) -> NDArray[np.float32]:
+    """``(rows, columns)``: attention from 0 to 1 on one slice of the CT."""
     affine = volume.affine.copy()
     affine[:3, 3] = volume.to_lps_mm((slice_index, 0, 0))
     plane = Volume(np.zeros((1, *volume.shape[1:]), np.uint8), affine)
-    on_slice = resample_like(attention, plane).voxels[0]
-    _show_attention(axes, on_slice, None, volume.spacing_mm[1] / volume.spacing_mm[2])
+    strength: NDArray[np.float32] = resample_like(attention, plane).voxels[0].astype(np.float32) / 255
+    return strength
+
+
+def _opacity(strength: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Transparent where attention is weak, so that the CT stays readable beneath."""
+    opaque: NDArray[np.float32] = np.clip(1.2 * strength - 0.1, 0, 0.6)
+    return opaque
 
 
 def _show_attention(
-    axes: Axes, values: NDArray[np.generic], extent: tuple[float, float, float, float] | None, aspect: float
+    axes: Axes, strength: NDArray[np.float32], extent: tuple[float, float, float, float] | None, aspect: float
 ) -> None:
-    """Attention in colour, transparent where it is weak, so that the CT stays readable beneath."""
-    strength = values.astype(np.float32) / 255
     axes.imshow(
-        strength, cmap="inferno", vmin=0, vmax=1, alpha=np.clip(1.2 * strength - 0.1, 0, 0.6), aspect=aspect,
+        strength, cmap="inferno", vmin=0, vmax=1, alpha=_opacity(strength), aspect=aspect,
         interpolation="bilinear", origin="upper" if extent is None else "lower", extent=extent,
     )  # fmt: skip
 
@@ -270,6 +335,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
+
+_PICTURE = '<img alt="Strongest slices with attention, and the evidence of every slab" src="data:image/png;base64,{}">'
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -289,7 +356,7 @@ summary {{ cursor: pointer; }}
 <h1>{name}</h1>
 <p class="verdict">{verdict}</p>
 {reasons}
-<img alt="Strongest slices with attention, and the evidence of every slab" src="data:image/png;base64,{picture}">
+{picture}
 <h2>Where to look</h2>
 {candidates}
 <h2>Evidence</h2>
