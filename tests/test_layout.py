@@ -23,7 +23,7 @@ READING_ORDER = (
     *("slab_encoder", "study_classifier", "losses", "detector", "result_files", "datasets", "training_run"),
     *("training_loop", "training", "roc", "localisation", "baselines"),
     *("looking", "prediction_file", "evaluation", "evaluation_pictures", "evaluation_page"),
-    *("review", "report_labels", "phantom", "demo", "cli", "starter"),
+    *("review", "report_labels", "phantom", "demo", "bench", "cli", "starter"),
 )
 
 

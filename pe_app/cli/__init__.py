@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import pe_app
+from pe_app.cli.bench import bench
 from pe_app.cli.cohort import evaluate, label_reports, phantom
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.reading import demo, detect, serve
@@ -43,6 +44,7 @@ tokens_app.command("list")(list_)
 tokens_app.command("revoke")(revoke)
 app.add_typer(tokens_app, name="tokens")
 app.command()(demo)
+app.command()(bench)
 
 
 def main() -> None:
