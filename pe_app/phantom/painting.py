@@ -125,7 +125,7 @@ def find_arteries(volume: Volume) -> Volume:
         InputError: if there is no lung or no contrast.
     """
     lungs = find_lungs(volume)
-    bright, _ = blood_hu(volume, lungs, 20.0)
+    bright = blood_hu(volume, lungs, 20.0)[0] if lungs.slice_range else -np.inf
     if lungs.slice_range is None or not bright > 150:
         raise InputError(f"{volume.name}: no enhanced vessels were found: give an enhanced CT, or a mask of arteries")
     coarse_mm = np.array(volume.spacing_mm) * lungs.step
