@@ -71,12 +71,15 @@ def serve(
 ) -> None:  # fmt: skip
     """The MONAI Label server for Slicer: detections, sparse annotations, active learning, training."""
     import pe_monailabel  # noqa: F401 - puts the app's own modules on the path
-    from lib.server import Door, is_loopback
-    from lib.server import serve as serve_studies
+    from lib.door import Door
+    from lib.guard import is_loopback
 
     if tokens is None and not is_loopback(host) and DEFAULT_FILE.is_file():
         tokens = DEFAULT_FILE
     door = Door(tokens, certificate, key, plain_http, tuple(allow_host or ()), max_upload_mb << 20)
+    door.check(host)  # before torch is loaded
+    from lib.server import serve as serve_studies
+
     serve_studies(studies, host, port, model, door, 60 * detection_minutes)
 
 

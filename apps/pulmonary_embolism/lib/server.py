@@ -15,11 +15,9 @@ import json
 import logging
 import os
 import shutil
-import ssl
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,9 @@ from fastapi.responses import JSONResponse, Response
 from lib import routes
 from lib.access import TokenFile
 from lib.audit import Audit
+from lib.door import Door
 from lib.guard import Guard, is_loopback
-from lib.limits import DETECTION_SECONDS, RETRY_SECONDS, UPLOAD_BYTES, Busy, TooLong
+from lib.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
 from lib.store import Conflict
 from lib.train import SERVER_PID
 from monailabel.config import settings
@@ -80,64 +79,12 @@ STATUS: dict[type[Exception], int] = {
 }
 
 
-@dataclass(frozen=True)
-class Door:
-    """How the server is reached.
-
-    Attributes:
-        tokens: the token file; None asks for no tokens, which is for this machine only.
-        certificate: with ``key``, makes it https.
-        key: of the certificate, without a password.
-        plain_http: whether other machines are served without https, because a proxy or a private network encrypts.
-        allowed_hosts: names under which clients reach it, besides this machine's own and addresses.
-        upload_bytes: the largest request with a file.
-    """
-
-    tokens: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    plain_http: bool = False
-    allowed_hosts: tuple[str, ...] = ()
-    upload_bytes: int = UPLOAD_BYTES
-
-    def check(self, host: str) -> None:
-        """Refuse a door that lets in whom it should not, where the server listens on ``host``.
-
-        Raises:
-            InputError: that says what is missing.
-        """
-        if self.tokens is None and not is_loopback(host):
-            raise InputError(
-                f"--host {host}: other machines are served with tokens only: make one with "
-                "pe-app tokens add NAME --role ROLE, and name its file with --tokens"
-            )
-        if self.tokens is not None and not TokenFile(self.tokens).tokens():
-            raise InputError(f"token file {self.tokens}: is empty: pe-app tokens add NAME --role ROLE --file FILE")
-        if (self.certificate is None) != (self.key is None):
-            raise InputError("--certificate and --key go together: name both files, or none")
-        if self.certificate is None and not is_loopback(host) and not self.plain_http:
-            raise InputError(
-                f"--host {host}: tokens and images would cross the network readable by all: give --certificate "
-                "and --key, or listen on 127.0.0.1 behind a proxy that speaks https, or say --plain-http where the "
-                "network itself is encrypted"
-            )
-        if self.certificate is not None:
-            try:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                context.load_cert_chain(self.certificate, self.key, password="")
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"--certificate {self.certificate}, --key {self.key}: cannot be used ({error}): both in PEM, the "
-                    "key without a password"
-                ) from error
-
-
 def serve(
     studies: Path,
     host: str = "127.0.0.1",
     port: int = 8000,
     model: Path | None = None,
-    door: Door = Door(),
+    door: Door = Door(),  # noqa: B008 - frozen
     detection_seconds: float = DETECTION_SECONDS,
 ) -> None:
     """Serve a folder of studies until interrupted.
