@@ -19,11 +19,12 @@ READING_ORDER = (
         "volume_io",
         "lungs",
     ),
-    *("dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "detection"),
-    *("slab_encoder", "study_classifier", "losses", "detector", "result_files", "datasets", "training_run"),
-    *("training_loop", "training", "roc", "localisation", "baselines"),
+    *("dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "importing", "detection"),
+    *("slab_encoder", "study_classifier", "losses", "detector", "result_files", "worklist", "batch"),
+    *("datasets", "training_run"),
+    *("training_loop", "training", "fine_tuning", "roc", "localisation", "baselines"),
     *("looking", "prediction_file", "evaluation", "evaluation_pictures", "evaluation_page"),
-    *("review", "report_labels", "phantom", "demo", "bench", "cli", "starter"),
+    *("review", "report_labels", "phantom", "comparison", "demo", "bench", "cli", "starter"),
 )
 
 

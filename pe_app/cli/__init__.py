@@ -13,10 +13,23 @@ from typing import Annotated
 import typer
 
 import pe_app
+from pe_app.allocation import keep_freed_memory
 from pe_app.cli.bench import bench
 from pe_app.cli.cohort import evaluate, label_reports, phantom
+from pe_app.cli.detecting import detect
+from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
-from pe_app.cli.reading import demo, detect, serve
+from pe_app.cli.reading import demo, serve
+from pe_app.cli.store import (
+    add_model,
+    list_labels,
+    list_models,
+    pin_model,
+    restore_label,
+    rollback_model,
+    show_label,
+    unpin_model,
+)
 from pe_app.cli.tokens import add, list_, revoke
 from pe_app.cli.train import classifier, encoder
 from pe_app.errors import InputError
@@ -28,6 +41,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+labels_app = typer.Typer(no_args_is_help=True, help="Every version of the labels of a folder that is served.")
+models_app = typer.Typer(no_args_is_help=True, help="The models that were published in a folder that is served.")
 tokens_app = typer.Typer(no_args_is_help=True, help="Who may use a server that asks for tokens.")
 train_app = typer.Typer(no_args_is_help=True, help="Train stage I (encoder) or stage II (classifier).")
 
@@ -35,10 +50,21 @@ app.command()(detect)
 train_app.command()(encoder)
 train_app.command()(classifier)
 app.add_typer(train_app, name="train")
+app.command("import")(import_)
 app.command()(phantom)
 app.command()(label_reports)
 app.command()(evaluate)
 app.command()(serve)
+labels_app.command("list")(list_labels)
+labels_app.command("show")(show_label)
+labels_app.command("restore")(restore_label)
+app.add_typer(labels_app, name="labels")
+models_app.command("list")(list_models)
+models_app.command("add")(add_model)
+models_app.command("pin")(pin_model)
+models_app.command("unpin")(unpin_model)
+models_app.command("rollback")(rollback_model)
+app.add_typer(models_app, name="models")
 tokens_app.command("add")(add)
 tokens_app.command("list")(list_)
 tokens_app.command("revoke")(revoke)
@@ -49,6 +75,7 @@ app.command()(bench)
 
 def main() -> None:
     """Run the command line."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()
