@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import filecmp
 import logging
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,9 @@ SPACING_RANGE_MM = (0.1, 30.0)
 """Outside it a header's spacing is a mistake (metres, micrometres, zero)."""
 LESSER_SERIES = 0.5
 """A second series stands in for a larger one that has gaps where it is at least this share as long."""
+
+DICOM_HEAD = 132
+"""Bytes that tell whether a file is DICOM."""
 
 _ENHANCED = (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 _LOSSY_SYNTAXES = {
@@ -171,7 +175,11 @@ def check_uniform_spacing(positions: ArrayLike, name: str) -> float:
 def is_dicom(path: Path) -> bool:
     """By content: the DICM mark, or a data set without preamble that begins with group 0002 or 0008."""
     with path.open("rb") as file:
-        head = file.read(132)
+        return looks_dicom(file.read(DICOM_HEAD))
+
+
+def looks_dicom(head: bytes) -> bool:
+    """``is_dicom`` of a file's first ``DICOM_HEAD`` bytes."""
     return head[128:] == b"DICM" or (len(head) > 8 and head[0] in (2, 8) and head[1] == head[3] == 0)
 
 
@@ -650,7 +658,7 @@ def _source(stack: Stack, root: Path, neighbours: int) -> SourceSeries:
                 one.instance,
                 tuple(one.position_mm.tolist()),
                 None if one.frame is None else one.frame + 1,
-                one.path.relative_to(root).as_posix(),
+                Path(os.path.relpath(one.path, root)).as_posix(),
             )
             for one in stack.slices
         ),

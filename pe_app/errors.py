@@ -1,5 +1,7 @@
 """What a user brought cannot be used: the one error that the command line, server and Slicer show as a sentence."""
 
+from __future__ import annotations
+
 
 class InputError(ValueError):
     """Bad input from a user: whose input, what is wrong with its values, where, and what to do.
@@ -25,3 +27,7 @@ class UnfitStudy(InputError):  # noqa: N818 - a verdict, not a fault
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple[type[UnfitStudy], tuple[str, str]]:
+        """Exceptions come back from other processes by their arguments."""
+        return type(self), (self.code, str(self))

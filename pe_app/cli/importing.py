@@ -1,0 +1,78 @@
+"""The verb that brings DICOM in: import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pe_app.cli.options import Accept, Limits, Refuse, progress_bars
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pe_app.importing import ImportLine
+
+ROWS_SHOWN = 200
+
+
+def import_(
+    sources: Annotated[list[Path], typer.Argument(help="DICOM folders, DICOMDIR, .zip or .tar(.gz) archives.")],
+    studies: Annotated[Path, typer.Option(help="Folder of studies to make or extend; pe-app serve opens it.")],
+    study_list: Annotated[Path | None, typer.Option("--list", help="Study list to make or extend. "
+                                                                   "[default: STUDIES/studies.csv]")] = None,
+    deidentify: Annotated[bool, typer.Option("--deidentify", help="Pseudonyms instead of identifiers; no names, "
+                                                                  "dates or paths in STUDIES. Needs --key.")] = False,
+    key: Annotated[Path | None, typer.Option(help="Key of the pseudonyms, outside of STUDIES; made where missing. Who "
+                                                  "is who is kept beside it.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core, at most 4]")] = None,
+    accept: Accept = None,
+    refuse: Refuse = None,
+    limits: Limits = None,
+) -> None:  # fmt: skip
+    """Convert the DICOM of many patients into a folder of studies: one series a study, every other one with why not."""
+    import os
+
+    from pe_app.errors import InputError
+    from pe_app.importing import ImportSettings, Pseudonyms, import_studies, read_key
+    from pe_app.quality import read_limits
+
+    if deidentify != (key is not None):
+        raise InputError("--deidentify and --key FILE belong together: pseudonyms need a key, and nothing else does")
+    settings = ImportSettings(
+        study_list,
+        key,
+        Pseudonyms(read_key(key, studies)) if key else None,
+        workers or min(4, os.cpu_count() or 1),
+        read_limits(limits, accept or (), refuse or ()),
+    )
+    with progress_bars() as progress:
+        lines = import_studies(sources, studies, settings, progress)
+    _show(lines)
+    count = {status: sum(line.status == status for line in lines) for status in ("imported", "known", "failed")}
+    unfit = sum(line.quality == "refused" for line in lines)
+    typer.echo(
+        f"{count['imported']} studies imported ({unfit} of them unfit for detection), {count['known']} known from "
+        f"before, {count['failed']} failures, {len(lines) - sum(count.values())} series left out.\n"
+        f"Study list: {study_list or studies / 'studies.csv'}. This table: {studies / 'import.csv'}. "
+        f"Next: pe-app serve {studies}"
+    )
+    if not count["imported"] and not count["known"]:
+        raise typer.Exit(1)
+
+
+def _show(lines: Sequence[ImportLine]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("status", "study", "patient", "series", "slices", "quality", "reason", box=None, pad_edge=False)
+    for line in lines[:ROWS_SHOWN]:
+        name = line.description or line.series
+        reason = f"{line.codes}: {line.reason}" if line.codes else line.reason
+        cells = (line.status, line.study, line.patient, name, str(line.slices or ""), line.quality, reason)
+        table.add_row(*(Text(cell) for cell in cells))
+    Console().print(table)
+    if len(lines) > ROWS_SHOWN:
+        typer.echo(f"... and {len(lines) - ROWS_SHOWN} lines more")
