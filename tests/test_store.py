@@ -1,6 +1,8 @@
 """The studies folder as a datastore: what was acknowledged stays, whatever happens."""
 
 import json
+import multiprocessing
+import os
 import resource
 import shutil
 import signal
@@ -21,8 +23,11 @@ from pe_app.volume_io import read_volume, write_volume
 sys.path.insert(0, str(APP))
 import lib.compat  # before monailabel
 import lib.history
-import lib.store
-from lib.store import Conflict, StudyStore
+import lib.index
+import lib.labels
+from lib.checks import check_study_name, check_tag, finite_json
+from lib.labels import Conflict
+from lib.store import StudyStore
 from monailabel.interfaces.exception import ImageNotFoundException
 
 
@@ -60,7 +65,7 @@ def save(studies, chest, tmp_path):
 
 
 def reviewed(store, study="one"):
-    annotation = store.annotation_json(study)
+    annotation = store.labels.annotation_json(study)
     return len(annotation["slices"]) if annotation else 0
 
 
@@ -134,8 +139,8 @@ def test_a_save_that_dies_anywhere_leaves_the_former_version_or_the_new_one_whol
 
     with monkeypatch.context() as patched:
         patched.setattr(lib.history, "write_durably", dying(lib.history.write_durably))
-        patched.setattr(lib.store, "write_durably", dying(lib.store.write_durably))
-        patched.setattr(lib.store, "show", dying(lib.store.show))
+        patched.setattr(lib.index, "write_durably", dying(lib.index.write_durably))
+        patched.setattr(lib.labels, "show", dying(lib.labels.show))
         try:
             save(store, count=4)
             acknowledged = True
@@ -143,7 +148,7 @@ def test_a_save_that_dies_anywhere_leaves_the_former_version_or_the_new_one_whol
             acknowledged = False
     again = StudyStore(studies)
     assert reviewed(again) in ((4,) if acknowledged else (1, 4))
-    path = again.annotation_path("one")
+    path = again.labels.annotation_path("one")
     shown = studies / "labels" / "draft"
     assert (shown / "one.json").read_bytes() == path.read_bytes()
     assert (shown / "one.seg.nrrd").read_bytes() == path.with_name(path.name.replace(".json", ".seg.nrrd")).read_bytes()
@@ -194,7 +199,7 @@ def test_a_removed_label_is_gone_for_clients_but_not_from_the_history(studies, s
     revision = save(store)
     store.remove_label("one", "draft")
     assert store.review_state("one").state == "not_started"
-    assert store.annotation_path("one") is None
+    assert store.labels.annotation_path("one") is None
     assert not (studies / "labels" / "draft" / "one.seg.nrrd").exists()
     assert store.history.path("one", "annotation", revision, ".seg.nrrd").is_file()
     assert save(store, based_on=None)
@@ -282,3 +287,306 @@ def test_a_conflict_shows_what_counts(studies, save):
         save(store, count=5, based_on="000001-00000000")
     assert conflict.value.revision == current
     assert len(conflict.value.annotation["slices"]) == 4
+
+
+# --- names
+
+
+PATHS = (
+    "../evil",
+    "a/b",
+    "a\\b",
+    "/tmp/x",
+    "C:x",
+    ".",
+    "..",
+    ".hidden",
+    "x ",
+    "x.",
+    "",
+    "what?",
+    'a"b',
+    "a|b",
+    "x.seg",
+)
+INVISIBLE = ("a\nb", "a\x7fb", "a\u202eb", "\ud800", "\x00", "e\u0301")
+RESERVED = ("CON", "nul.x", "lpt1", "x" * 129, "\u00e9" * 65)
+
+
+@pytest.mark.parametrize("name", [*PATHS, *INVISIBLE, *RESERVED])
+def test_what_is_not_a_files_name_everywhere_names_no_study(name):
+    with pytest.raises(InputError, match="cannot name a study"):
+        check_study_name(name)
+
+
+@pytest.mark.parametrize("name", ["case1", "p.1.2.840", "a b", "\u00e9t\u00e9", "\u60a3\u8005", "x" * 123, "-1", "1"])
+def test_names_that_people_use_name_studies(name):
+    check_study_name(name)
+
+
+@pytest.mark.parametrize(
+    "tag", ["", ".", "..", "../final", "/etc", "a/b", "a\\b", "final\x00", "con", "x" * 65, "a b", "fin\u00e4l", "x."]
+)
+def test_a_tag_is_a_name(tag):
+    with pytest.raises(InputError, match="no tag"):
+        check_tag(tag)
+
+
+def test_names_that_differ_in_case_only_are_refused_where_a_file_system_could_mix_them_up(studies, chest, tmp_path):
+    store = StudyStore(studies)
+    with pytest.raises(Conflict, match="'one' already"):
+        store.add_image("One", str(studies / "one.nrrd"), {})
+    write_volume(chest[1], tmp_path / "mask.nrrd")
+    with pytest.raises(InputError, match="'final'"):
+        store.save("one", tmp_path / "mask.nrrd", "FINAL", {})
+    store.save("one", tmp_path / "mask.nrrd", "second", {})
+    with pytest.raises(InputError, match="'second'"):
+        store.save("one", tmp_path / "mask.nrrd", "Second", {})
+
+
+def test_a_file_whose_name_cannot_be_shown_is_no_study(studies):
+    whole = (studies / "one.nrrd").read_bytes()
+    (studies / "bad\nname.nrrd").write_bytes(whole)
+    Path(os.fsdecode(os.fsencode(studies) + b"/\xff\xfe.nrrd")).write_bytes(whole)
+    assert StudyStore(studies).list_images() == ["one", "two"]
+
+
+# --- what is said
+
+
+def nested(levels):
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+NO_OBJECTS = ([1, 2], 5, None, "x", {1: 2}, {"b": b"x"}, {"s": {1, 2}})
+NOT_FINITE = ({"p": float("nan")}, {"p": [float("-inf")]}, {"n": 2**63}, {"n": -(10**400)})
+
+
+@pytest.mark.parametrize("said", [*NO_OBJECTS, *NOT_FINITE, nested(40), nested(5000), {"s": "\ud800"}, {"\ud800": 1}])
+def test_info_is_finite_json_of_few_levels(studies, chest, tmp_path, said):
+    with pytest.raises(InputError, match="expected"):
+        finite_json(said)
+    store = StudyStore(studies)
+    before = everything(studies)
+    write_volume(chest[1], tmp_path / "mask.nrrd")
+    with pytest.raises(InputError):
+        store.save("one", tmp_path / "mask.nrrd", "original", said)
+    with pytest.raises(InputError):
+        store.update_image_info("one", said)
+    assert everything(studies) == before
+
+
+def test_info_comes_back_as_it_was_said(studies, chest, tmp_path):
+    said = {"a": [1, 2.5, None, True, "\u00e9"], "b": nested(20), "n": 2**62}
+    write_volume(chest[1], tmp_path / "mask.nrrd")
+    StudyStore(studies).save("one", tmp_path / "mask.nrrd", "original", said)
+    info = StudyStore(studies).get_label_info("one", "original")
+    assert {name: info[name] for name in said} == said
+
+
+def bad_labels(mask, folder):
+    """Label files that no label can be, by what is wrong with them."""
+    voxels = mask.voxels.astype(np.float32)
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": np.diag([5.0, 5.0, 2.5]),
+        "space origin": (0, 0, 0),
+    }
+    right = voxels.T
+    arrays = {
+        "wrong size": right[:-1],
+        "not integers": np.where(right > 0, 0.5, 0),
+        "negative": (-right).astype(np.int16),
+        "not a number": np.where(right > 0, np.nan, 0),
+        "beyond 16 bits": right.astype(np.int32) * 70000,
+    }
+    for what, array in arrays.items():
+        nrrd.write(str(folder / f"{what}.nrrd"), array, header)
+    nrrd.write(str(folder / "elsewhere.nrrd"), right, {**header, "space origin": (0, 0, 40)})
+    nrrd.write(str(folder / "other spacing.nrrd"), right, {**header, "space directions": np.diag([5.0, 5.0, 3.0])})
+    nrrd.write(str(folder / "four axes.nrrd"), np.stack([right, right]))
+    (folder / "empty.nrrd").write_bytes(b"")
+    (folder / "garbage.nii.gz").write_bytes(b"garbage" * 100)
+    nrrd.write(str(folder / "whole.nrrd"), right.astype(np.uint8), header)
+    whole = (folder / "whole.nrrd").read_bytes()
+    (folder / "cut off.nrrd").write_bytes(whole[: len(whole) // 2])
+    return sorted(path for path in folder.iterdir() if path.name != "whole.nrrd")
+
+
+def test_label_files_that_are_no_integer_image_on_the_cts_grid_are_refused_and_change_nothing(studies, chest, tmp_path):
+    (tmp_path / "bad").mkdir()
+    store = StudyStore(studies)
+    annotation = SparseAnnotation.from_mask(read_volume(studies / "one.nrrd"), chest[1], [6]).to_json()
+    before = everything(studies)
+    bad = bad_labels(chest[1], tmp_path / "bad")
+    assert len(bad) == 11
+    for path in bad:
+        for info in ({}, {"annotation": annotation}):
+            with pytest.raises(InputError):
+                print(path.name, store.save("one", path, "original", info))
+    assert everything(studies) == before
+    assert store.save("one", tmp_path / "bad" / "whole.nrrd", "original", {})["tag"] == "original"
+
+
+# --- links
+
+
+@pytest.mark.parametrize("linked", [".pe", "labels", ".pe/history"])
+def test_a_folder_of_the_store_that_is_a_link_out_of_it_is_refused(studies, tmp_path, linked):
+    (tmp_path / "outside").mkdir()
+    (studies / linked).parent.mkdir(exist_ok=True)
+    (studies / linked).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="link"):
+        StudyStore(studies)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("linked", ["labels/draft", ".pe/history/one", ".pe/history/one/annotation"])
+def test_nothing_is_written_through_a_link_that_leads_out(studies, save, tmp_path, linked):
+    store = StudyStore(studies)
+    (tmp_path / "outside").mkdir()
+    (studies / linked).parent.mkdir(parents=True, exist_ok=True)
+    (studies / linked).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="link"):
+        save(store)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_nothing_is_served_through_a_link_that_leads_out(studies, save, tmp_path):
+    store = StudyStore(studies)
+    save(store)
+    (tmp_path / "secret.nrrd").write_bytes(b"secret")
+    for path in (studies / "two.nrrd", studies / "labels" / "draft" / "one.seg.nrrd"):
+        path.unlink()
+        path.symlink_to(tmp_path / "secret.nrrd")
+    for ask in (
+        lambda: store.get_image_uri("two"),
+        lambda: store.volume("two"),
+        lambda: store.get_label_uri("one", "draft"),
+    ):
+        with pytest.raises((InputError, ImageNotFoundException)):
+            ask()
+    assert StudyStore(studies).list_images() == ["one"]
+
+
+# --- what lies in the folders
+
+
+def test_a_former_stock_servers_store_is_taken_over_with_what_it_knew_and_without_its_broken_files(studies, chest):
+    (studies / "labels" / "final").mkdir(parents=True)
+    write_volume(chest[1], studies / "labels" / "final" / "one.nii.gz")
+    (studies / "labels" / "final" / "two.nii.gz").write_bytes(b"")  # as a stock server leaves it when it is killed
+    shown = {
+        "ext": ".nii.gz",
+        "info": {"label_info": [{"name": "pe", "idx": 1}], "ts": 7, "segmentationMeta": {"level": "easy"}},
+    }
+    stock = {
+        "name": "new-dataset",
+        "description": "New Dataset",
+        "images_dir": ".",
+        "labels_dir": "labels",
+        "objects": {
+            name: {"image": {"ext": ".nrrd", "info": {"ts": 7, "strategy": {}}}, "labels": {"final": shown}}
+            for name in ("one", "two", "gone")
+        },
+    }
+    (studies / "datastore_v2.json").write_text(json.dumps(stock))
+    store = StudyStore(studies)
+    assert store.list_images() == ["one", "two"]
+    info = store.get_label_info("one", "final")
+    assert info["segmentationMeta"] == {"level": "easy"}
+    assert info["label_info"] == [{"name": "pe", "idx": 1}]
+    assert store.get_image_info("one")["strategy"] == {}
+    assert store.get_labels_by_image_id("two") == {}
+    assert [path.stat().st_size for path in (studies / "labels" / "final").glob("two.nii.gz.damaged-*")] == [0]
+    assert store.review_state("one").state == "complete"
+
+
+@pytest.mark.parametrize(
+    "index", ['{"name": 5}', '{"objects": []}', '{"name": "a", "description": "b", "objects": {"x": 1}}', "5"]
+)
+def test_an_index_of_other_types_is_set_aside(studies, index):
+    (studies / "datastore_v2.json").write_text(index)
+    assert StudyStore(studies).list_images() == ["one", "two"]
+    assert [path.read_text() for path in studies.glob("datastore_v2.json.damaged-*")] == [index]
+
+
+def test_labels_alone_bring_back_the_review_when_all_else_is_lost(studies, save):
+    save(StudyStore(studies), count=3)
+    former = StudyStore(studies).labels.annotation_json("one")
+    shutil.rmtree(studies / ".pe")
+    (studies / "datastore_v2.json").unlink()
+    store = StudyStore(studies)
+    assert store.labels.annotation_json("one") == former
+    assert store.review_state("one").state == "in_progress"
+
+
+def test_an_edit_of_a_shown_label_does_not_change_a_version(studies, save):
+    store = StudyStore(studies)
+    revision = save(store)
+    version = store.history.path("one", "annotation", revision, ".seg.nrrd")
+    before = version.read_bytes()
+    with (studies / "labels" / "draft" / "one.seg.nrrd").open("r+b") as file:
+        file.write(b"overwritten in place")
+    assert version.read_bytes() == before
+
+
+def test_a_damaged_version_lets_the_one_before_it_count(studies, save):
+    store = StudyStore(studies)
+    first, second = save(store, count=2), save(store, count=3)
+    folder = studies / ".pe" / "history" / "one" / "annotation"
+    (folder / "current.json").write_text("{")
+    assert StudyStore(studies).history.current("one", "annotation").revision == second
+    (folder / f"{second}.version").write_text("")
+    assert StudyStore(studies).review_state("one").revision == first
+
+
+def read_and_save(studies, outlines, count):
+    """A reader in another process: a save of one more slice each time."""
+    store = StudyStore(studies)
+    volume = store.volume("one")
+    schedule = store.facts("one").schedule
+    for number in range(count):
+        annotation = SparseAnnotation.from_mask(volume, outlines, schedule[: number + 1], "ann", "2026-11-02T08:00:00Z")
+        annotation.write(studies.parent / "reader.json", volume)
+        store.save(
+            "one", studies.parent / "reader.seg.nrrd", "draft", {"annotation": annotation.to_json(), "reader": "ann"}
+        )
+
+
+def infer_and_save(studies, count):
+    """A batch inference in another process: label maps of every study, again and again."""
+    store = StudyStore(studies)
+    for number in range(count):
+        for study in ("one", "two"):
+            store.save(study, studies.parent / "found.nrrd", "original", {"round": number, "study": study})
+            store.update_image_info(study, {"round": number})
+
+
+def test_a_batch_inference_in_another_process_reverts_no_review_and_loses_none_of_its_own(studies, chest):
+    StudyStore(studies).facts("one")
+    write_volume(chest[1], studies.parent / "found.nrrd")
+    processes = multiprocessing.get_context("fork")
+    batch = processes.Process(target=infer_and_save, args=(studies, 6))
+    reader = processes.Process(target=read_and_save, args=(studies, chest[1], 6))
+    watching = StudyStore(studies)
+    for process in (batch, reader):
+        process.start()
+    seen = []
+    while any(process.is_alive() for process in (batch, reader)):
+        annotation = watching.labels.annotation_json("one")
+        seen.append(len(annotation["slices"]) if annotation else 0)
+    for process in (batch, reader):
+        process.join()
+        assert process.exitcode == 0
+    assert seen == sorted(seen), "a review went back"
+    for store in (watching, StudyStore(studies)):
+        assert reviewed(store) == 6
+        assert store.review_state("one").reviewed == 6
+        assert [store.get_label_info(study, "original")["round"] for study in ("one", "two")] == [5, 5]
+        assert [store.get_image_info(study)["round"] for study in ("one", "two")] == [5, 5]
+    assert len(list(watching.history.versions("one", "annotation"))) == 6
+    assert json.loads((studies / "labels" / "draft" / "one.json").read_text())["slices"][-1]["state"]

@@ -4,15 +4,20 @@ import lib.compat  # noqa: F401 - before monailabel
 
 # isort: split
 import logging
+import math
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lib.active import Leases, NextStudy, Worklist
-from lib.infer import BatchDetection, CandidatesTask, Detections, DetectionTask, Jobs, ServedDetector
-from lib.store import FINAL, StudyStore
-from lib.train import ClassifierTask, EncoderTask
+from lib.archive import open_store
+from lib.infer import BatchDetection, CandidatesTask, Detections, DetectionTask, Jobs
+from lib.labels import FINAL
+from lib.models import Models
+from lib.store import StudyStore
+from lib.train import DESCRIPTIONS, StageTask, Trainings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -26,6 +31,9 @@ from pe_app.review import STRATEGIES
 
 logger = logging.getLogger(__name__)
 
+EXAMINE_SECONDS = 2.0
+"""Between two looks at the folder for CTs that came, changed or are whole now."""
+
 API = 1
 """Version of the interface that the Slicer module speaks."""
 
@@ -38,15 +46,17 @@ class PulmonaryEmbolismApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         if "://" in studies:
-            raise InputError(f"{studies}: this app serves a folder; other datastores of MONAI Label are not supported")
-        self.store = StudyStore(studies)
+            raise InputError(f"{studies}: archives are served with pe-app serve, not as MONAI Label's datastores")
+        self.store = open_store(studies, conf)
         model = conf.get("model")
-        self.served = ServedDetector(self.store.private / "model.safetensors", Path(model) if model else None)
+        self.models = Models(self.store.private / "models", Path(model) if model else None)
         self.jobs = Jobs()
         self._examining = threading.Lock()
-        self.detections = Detections(self.store, self.served, self.jobs)
+        self._examined = -math.inf
+        self.detections = Detections(self.store, self.models, self.jobs)
         self.leases = Leases(self.store.private / "leases.json")
         self.worklist = Worklist(self.store, self.detections, self.leases)
+        self.trainings = Trainings(self.store, self.models, lambda: self._trainers)
         description = f"Pulmonary embolism on chest CT, trained from sparse annotations. {NOTICE}"
         super().__init__(app_dir, studies, conf, "Pulmonary embolism", description, pe_app.__version__)
 
@@ -63,10 +73,7 @@ class PulmonaryEmbolismApp(MONAILabelApp):
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Both stages."""
-        return {
-            "encoder": EncoderTask("Stage I, from annotated slices", self.served, self.store.private, self.conf),
-            "classifier": ClassifierTask("Stage II, from study labels", self.served, self.store.private, self.conf),
-        }
+        return {stage: StageTask(stage, self.store.private, self.conf) for stage in DESCRIPTIONS}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """How the next study is chosen."""
@@ -96,23 +103,27 @@ class PulmonaryEmbolismApp(MONAILabelApp):
             self.store.save_label(study, file, tag, {"model": request["model"], "detection": params["model"]})
         return {"label": file, "tag": "original", "file": file, "params": params}
 
-    def on_save_label(self, image_id: str, label_id: str) -> dict[str, object]:
-        """What the save meant, for the client that made it; a study that is complete is free for others."""
-        saved = self.store.saved(image_id)
-        if saved.get("tag") == FINAL:
-            self.leases.release(image_id)
-        return saved
+    def on_saved(self, study: str, meaning: Mapping[str, object], reader: str) -> None:
+        """After a save: a study that is complete is free for others, one that is not stays its reader's for longer."""
+        if meaning.get("tag") == FINAL:
+            self.leases.release(study)
+        elif reader and "accepted" in meaning:
+            self.leases.prolong(study, reader)
 
     def examine_new_studies(self) -> None:
         """Look, in the background, at CTs that nobody looked at yet: the worklist shows their schedules then."""
-        if self._examining.acquire(blocking=False):
+        if time.monotonic() - self._examined > EXAMINE_SECONDS and self._examining.acquire(blocking=False):
             threading.Thread(target=self._examine, name="examine studies", daemon=True).start()
 
     def _examine(self) -> None:
         try:
-            for study in self.store.list_images():
-                if self.store.known_facts(study) is None:
-                    self.store.facts(study)
+            if self._examined == -math.inf:
+                self.store.remove_unfinished()
+            self.store.refresh()
+            for study in self.store.to_examine():
+                self.store.facts(study)
+            self.worklist.states()  # reads what is on disk, so that no request has to
+            self._examined = time.monotonic()
         except Exception:
             logger.exception("new studies cannot be examined")
         finally:

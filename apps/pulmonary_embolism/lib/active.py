@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.infer import Detections
-from lib.store import Conflict, StudyStore
+from lib.images import ImageFacts
+from lib.infer import Detections, Summary
+from lib.labels import Conflict
+from lib.store import StudyStore, review_of
+from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.tasks.strategy import Strategy as StrategyTask
 
 from pe_app.errors import InputError
@@ -121,46 +124,48 @@ class Worklist:
         self.store = store
         self.leases = leases
         self._detections = detections
+        # a state is made anew only when what it rests on is: thousands are looked at for every choice
+        self._states: dict[str, tuple[ImageLabelModel, ImageFacts | None, Summary | None, StudyState]] = {}
 
     def rows(self) -> list[dict[str, object]]:
         """A line for every study, as the REST interface shows it."""
-        return [self.row(study) for study in self.store.list_images()]
+        model = self._detections.look()
+        return [self._row(study, entry, model) for study, entry in self.store.entries().items()]
 
-    def row(self, study: str) -> dict[str, object]:
-        """A study's line of the worklist."""
-        facts = self.store.known_facts(study)
-        review = self.store.review_state(study)
-        detection = self._detections.known(study)
+    def _row(self, study: str, entry: ImageLabelModel, model: str) -> dict[str, object]:
+        facts = self.store.remembered_facts(study)
+        review = review_of(entry)
+        said = self._detections.summary(facts, model)
         return {
             "study": study,
             "state": review.state,
             "reviewed": review.reviewed,
             "scheduled": len(facts.schedule) if facts else 0,
-            "label": self.store.label(study),
-            "probability": detection.probability if detection else None,
-            "model": f"{detection.model.name} {detection.model.version}" if detection else None,
+            "label": self.store.label(study, entry),
+            "probability": said.probability if said else None,
+            "model": said.model if said else None,
             "held_by": self.leases.holder(study) or None,
             "revision": review.revision,
             "usable": facts is None or not facts.reason,
-            "reason": facts.reason if facts else "not examined yet",
+            "reason": facts.reason if facts else self.store.not_examined(study),
         }
 
     def details(self, study: str) -> dict[str, object]:
         """All that is known of one study; examines its CT if nobody did."""
         self.store.check_study(study)
         facts = self.store.facts(study)
-        annotation = self.store.annotation_json(study)
-        detection = self._detections.known(study)
+        annotation = self.store.labels.annotation_json(study)
+        detection = self._detections.show(study)
         states = {entry["slice_index"]: entry["state"] for entry in annotation["slices"]} if annotation else {}
         whys: dict[int, str] = dict.fromkeys(states, "suspicious")
         whys |= {entry.slice_index: entry.why for entry in self.slices(study)}
         whys |= dict.fromkeys(facts.schedule, "schedule")
         schedule = [
-            {"slice_index": index, "z_mm": facts.z_mm[index], "reviewed": states.get(index), "why": whys[index]}
+            {"slice_index": index, "z_mm": facts.z_mm(index), "reviewed": states.get(index), "why": whys[index]}
             for index in sorted(whys)
         ]
         return {
-            **self.row(study),
+            **self._row(study, self.store.entries()[study], self._detections.look()),
             "image": {"sha256": facts.sha256, "size": facts.size, "spacing_mm": facts.spacing_mm},
             "schedule": schedule,
             "annotation": annotation,
@@ -170,30 +175,36 @@ class Worklist:
 
     def states(self) -> list[StudyState]:
         """What the choice of the next study rests on."""
-        return [self._state(study) for study in self.store.list_images()]
+        model = self._detections.look()
+        return [self._state(study, entry, model) for study, entry in self.store.entries().items()]
 
     def slices(self, study: str) -> tuple[SliceToReview, ...]:
         """The slices of a study still to look at."""
         schedule = self.store.facts(study).schedule
         return slices_to_review(schedule, self._detections.known(study), self.store.annotation(study))
 
-    def _state(self, study: str) -> StudyState:
-        facts = self.store.known_facts(study)
-        review = self.store.review_state(study)
-        detection = self._detections.known(study)
+    def _state(self, study: str, entry: ImageLabelModel, model: str) -> StudyState:
+        facts = self.store.remembered_facts(study)
+        said = self._detections.summary(facts, model)
+        held_by = self.leases.holder(study)
+        known = self._states.get(study)
+        if known and known[0] is entry and known[1] is facts and known[2] is said:
+            return known[3] if not held_by else replace(known[3], held_by=held_by)
+        review = review_of(entry)
         complete = review.state == "complete"  # also a stock client's final label, which has no reviewed slices
         scheduled = len(facts.schedule) if facts else 0
-        return StudyState(
+        state = StudyState(
             study=study,
-            label=self.store.label(study),
+            label=self.store.label(study, entry),
             reviewed=max(scheduled, 1) if complete else review.reviewed,
             scheduled=max(scheduled, 1) if complete else scheduled,
             embolism=review.embolism,
-            probability=detection.probability if detection else None,
-            strongest_slab=max((slab.probability for slab in detection.evidence), default=None) if detection else None,
-            held_by=self.leases.holder(study),
+            probability=said.probability if said else None,
+            strongest_slab=said.strongest_slab if said else None,
             usable=facts is None or not facts.reason,
         )
+        self._states[study] = (entry, facts, said, state)
+        return state if not held_by else replace(state, held_by=held_by)
 
 
 class NextStudy(StrategyTask):
@@ -228,7 +239,7 @@ class NextStudy(StrategyTask):
             except Conflict:  # another reader asked at the same moment
                 continue
             slices = [
-                {"slice_index": entry.slice_index, "z_mm": facts.z_mm[entry.slice_index], "why": entry.why}
+                {"slice_index": entry.slice_index, "z_mm": facts.z_mm(entry.slice_index), "why": entry.why}
                 for entry in self._worklist.slices(state.study)
             ]
             return {"id": state.study, "slices": slices, "lease_until": lease.to_json()["until"]}

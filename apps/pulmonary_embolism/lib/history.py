@@ -13,14 +13,18 @@ A line is a sequence of versions of which the last counts: a study's annotation 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pe_app.files import replacing, write_durably
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Version:
         tag: MONAI Label's tag; "" for what is no label file.
         ext: ending of the label file; "" where there is none, as after a removal.
         annotated: whether a ``.json`` with reviewed slices belongs to it.
-        info: what else was said with the save: time, reader, client, counts.
+        info: what else was said with the save: time, reader, client, model seen, counts.
     """
 
     revision: str
@@ -49,6 +53,10 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    def studies(self) -> tuple[str, ...]:
+        """The studies that have a line."""
+        return tuple(os.listdir(self._folder)) if self._folder.is_dir() else ()
 
     def lines(self, study: str) -> tuple[str, ...]:
         """The lines of a study that have a version."""
@@ -85,18 +93,33 @@ class History:
         write_durably(self._folder / study / line / "current.json", record)
 
     def _version(self, study: str, line: str, name: str) -> Version | None:
+        """A version; where its file is damaged, the newest one before it that is not."""
+        folder = self._folder / study / line
         try:
-            return Version(**json.loads((self._folder / study / line / name).read_text(encoding="utf-8")))
+            return _read_version(folder / name)
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError):
+            logger.exception("%s is damaged: the version before it counts", folder / name)
+        limit = name if name.endswith(".version") else "~"
+        for path in sorted(folder.glob("*.version"), reverse=True):
+            if path.name < limit:
+                try:
+                    return _read_version(path)
+                except (ValueError, TypeError):
+                    continue
+        return None
 
 
 def show(source: Path, target: Path) -> None:
-    """Let ``target`` be the same file as ``source``, all or nothing; a copy where the file system has no links."""
-    if target.exists() and os.path.samefile(source, target):
-        return
+    """Let ``target`` hold what ``source`` holds, all or nothing; a copy, so that nobody can edit a version."""
+    with suppress(FileNotFoundError):
+        there, wanted = target.stat(), source.stat()
+        if (there.st_size, there.st_mtime_ns) == (wanted.st_size, wanted.st_mtime_ns):
+            return
     with replacing(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        shutil.copy2(source, temporary)
+
+
+def _read_version(path: Path) -> Version:
+    return Version(**json.loads(path.read_text(encoding="utf-8")))

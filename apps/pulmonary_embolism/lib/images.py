@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 VOLUMES_IN_MEMORY = 2
 """A CT of 512 x 512 x 800 takes 420 MB; two cover a reader and a detection at the same time."""
 
+GONE = "the file is gone"
+
 
 @dataclass(frozen=True)
 class ImageFacts:
@@ -36,7 +39,7 @@ class ImageFacts:
         size: slices, rows, columns.
         spacing_mm: in the same order.
         schedule: the slices to review, every 10 mm.
-        z_mm: where every slice lies, feet to head.
+        z_range_mm: where the first and the last slice lie.
         reason: why it cannot be used; "" for a usable CT.
     """
 
@@ -44,8 +47,13 @@ class ImageFacts:
     size: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
     schedule: tuple[int, ...] = ()
-    z_mm: tuple[float, ...] = ()
+    z_range_mm: tuple[float, ...] = ()
     reason: str = ""
+
+    def z_mm(self, slice_index: int) -> float:
+        """Where a slice lies, LPS; slices are evenly spaced."""
+        bottom, top = self.z_range_mm
+        return round(bottom + (top - bottom) * slice_index / max(self.size[0] - 1, 1), 4)
 
 
 class Images:
@@ -90,16 +98,34 @@ class Images:
         try:
             stamp = _stamp(path)
         except OSError:
-            return ImageFacts(reason="the file is gone")
-        if study not in self._facts:
-            try:
-                record = json.loads((self._folder / f"{study}.json").read_text(encoding="utf-8"))
-                known = record.pop("stamp")
-                self._facts[study] = (known, ImageFacts(**{name: _frozen(value) for name, value in record.items()}))
-            except (OSError, ValueError, TypeError, KeyError):
-                return None
-        known, facts = self._facts[study]
-        return facts if known == stamp else None
+            return ImageFacts(reason=GONE)
+        known = self._facts.get(study)
+        if known is None or known[0] != stamp:
+            known = self._recorded(study)
+        if known and known[0] != stamp:
+            self._facts.pop(study, None)
+            return None
+        return known[1] if known else None
+
+    def last_facts(self, study: str) -> ImageFacts | None:
+        """The facts of a CT as it was examined last, whether its file is still there or not."""
+        known = self._facts.get(study) or self._recorded(study)
+        return known[1] if known else None
+
+    def _recorded(self, study: str) -> tuple[list[object], ImageFacts] | None:
+        try:
+            record = json.loads((self._folder / f"{study}.json").read_text(encoding="utf-8"))
+            examined = record.pop("stamp")
+            known = (examined, ImageFacts(**{name: _frozen(value) for name, value in record.items()}))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        self._facts[study] = known
+        return known
+
+    def remembered_facts(self, study: str) -> ImageFacts | None:
+        """``known_facts`` of a CT that was usable when it was looked at last, without a look at the disk."""
+        known = self._facts.get(study)
+        return known[1] if known and not known[1].reason else None
 
     def _examine(self, path: Path) -> ImageFacts:
         try:
@@ -109,19 +135,20 @@ class Images:
             logger.warning("%s", error)
             return ImageFacts(reason=str(error))
         refused = [reason.message for reason in check_study(volume) if reason.refuses]
+        z_mm = volume.slice_z_mm
         return ImageFacts(
             volume.sha256,
             volume.shape,
             volume.spacing_mm,
             tuple(int(index) for index in schedule),
-            tuple(round(float(z), 4) for z in volume.slice_z_mm),
+            (float(z_mm[0]), float(z_mm[-1])),
             refused[0] if refused else "",
         )
 
 
 def _stamp(path: Path) -> list[object]:
     """What changes when the file or this program does."""
-    status = path.stat()
+    status = os.stat(path)
     return [path.name, status.st_mtime_ns, status.st_size, pe_app.__version__]
 
 

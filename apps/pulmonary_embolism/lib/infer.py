@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from lib.images import ImageFacts
 from lib.limits import DETECTION_SECONDS, Busy, TooLong
+from lib.models import Models
 from lib.store import StudyStore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from pe_app.detection import CANDIDATE_THRESHOLD, Detection, ModelIdentity
-from pe_app.detector import Detector, default_model
 from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.progress import Cancelled, Progress, ProgressCallback
@@ -40,50 +41,8 @@ WAITING_DETECTIONS = 16
 
 REMEMBERED_JOBS = 500
 
-
-class ServedDetector:
-    """The model that is served: the published one of this store, else the one the server was started with.
-
-    A file that changed is loaded before the next detection; one that cannot be loaded leaves the former model.
-    """
-
-    def __init__(self, published: Path, started_with: Path | None) -> None:
-        self.published = published
-        self._started_with = started_with or default_model()
-        self._lock = threading.Lock()
-        self._loaded: tuple[tuple[object, ...], Detector] | None = None
-
-    @property
-    def path(self) -> Path | None:
-        """The model's file; None while there is none and the served model is untrained."""
-        return self.published if self.published.is_file() else self._started_with
-
-    def current(self) -> Detector:
-        """The detector to use now.
-
-        Raises:
-            InputError: if the first model of all cannot be loaded.
-        """
-        with self._lock:
-            path = self.path
-            stamp = (path, *_stamp(path)) if path else ()
-            if self._loaded is None or self._loaded[0] != stamp:
-                self._loaded = (stamp, self._load(path))
-            return self._loaded[1]
-
-    def _load(self, path: Path | None) -> Detector:
-        if path is None:
-            logger.warning("there is no trained model: detections are random until one is trained or given")
-            return Detector.untrained()
-        try:
-            detector = Detector.load(path)
-        except InputError:
-            if self._loaded is None:
-                raise
-            logger.exception("the former model stays")
-            return self._loaded[1]
-        logger.info("model %s %s, SHA-256 %.12s, is served", detector.card.name, detector.card.version, detector.sha256)
-        return detector
+SERVER_PID = "PE_SERVER_PID"
+"""Environment variable that tells a batch which process it works for."""
 
 
 @dataclass(frozen=True)
@@ -166,20 +125,32 @@ class Jobs:
             self._cancelled.discard(name)
 
 
+@dataclass(frozen=True)
+class Summary:
+    """A detection in short, for lists of thousands: study probability, strongest slab's, and the model's name."""
+
+    probability: float | None
+    strongest_slab: float | None
+    model: str
+
+
 class Detections:
     """What the served model says of the studies; each result is kept under the hashes of voxels and model."""
 
-    def __init__(self, store: StudyStore, served: ServedDetector, jobs: Jobs) -> None:
+    def __init__(self, store: StudyStore, models: Models, jobs: Jobs) -> None:
         self._store = store
-        self._served = served
+        self._models = models
         self._jobs = jobs
         self._folder = store.private / "detections"
         self._turn = threading.Semaphore(1)
+        self._shown: dict[str, ModelIdentity] = {}
+        self._listed: tuple[int, frozenset[str]] = (0, frozenset())
+        self._summaries: dict[str, Summary] = {}
 
     @property
     def model(self) -> ModelIdentity:
         """The model that is served now."""
-        return self._served.current().identity
+        return self._models.current().identity
 
     def known(self, study: str) -> Detection | None:
         """What the served model said of a study; None if it was not asked yet."""
@@ -192,6 +163,40 @@ class Detections:
         except FileNotFoundError:
             return None
 
+    def show(self, study: str) -> Detection | None:
+        """What the served model said of a study, for a client to see."""
+        detection = self.known(study)
+        if detection is not None:
+            self._shown[study] = detection.model
+        return detection
+
+    def shown(self, study: str) -> ModelIdentity | None:
+        """The model that a client saw last on a study; after a restart, the served one if it has seen the study."""
+        if study in self._shown:
+            return self._shown[study]
+        known = self.known(study)
+        return known.model if known else None
+
+    def look(self) -> str:
+        """Notice what other processes detected; answers the served model's SHA-256, for ``summary``."""
+        changed = _changed(self._folder)
+        if changed != self._listed[0]:
+            self._listed = (changed, frozenset(os.listdir(self._folder)) if changed else frozenset())
+        return self.model.sha256
+
+    def summary(self, facts: ImageFacts | None, model_sha256: str) -> Summary | None:
+        """What a model said of a CT, by the last ``look``; quick."""
+        if facts is None or not facts.sha256:
+            return None
+        name = f"{facts.sha256[:32]}-{model_sha256[:32]}.json"
+        known = self._summaries.get(name)
+        if known is None and name in self._listed[1]:
+            said = json.loads((self._folder / name).read_text(encoding="utf-8"))
+            strongest = max((slab["probability"] for slab in said["evidence"]), default=None)
+            known = Summary(said["probability"], strongest, f"{said['model']['name']} {said['model']['version']}")
+            self._summaries[name] = known
+        return known
+
     def detect(self, study: str, job: str = "") -> tuple[Detection, Path | None]:
         """The detection of a study and the file of its attention volume (None if refused), computed if need be.
 
@@ -200,19 +205,22 @@ class Detections:
             Cancelled: if the job was cancelled.
             Busy: if too many are waiting.
         """
-        with self._jobs.job(job or uuid.uuid4().hex) as report, self._my_turn(report):
-            report(Progress("read the study", 0, 1))
-            volume = self._store.volume(study)
-            detector = self._served.current()
-            path = self._path(volume.sha256, detector.sha256)
-            attention = path.with_suffix(".nrrd")
-            if not path.is_file():
-                result = detector.detect(volume, report)
-                if result.attention is not None:
-                    write_volume(result.attention, attention)
-                write_durably(path, json.dumps(result.detection.to_json(), allow_nan=False))
-            detection = _read_detection(path, *_stamp(path))
-            return detection, attention if detection.status == "analysed" else None
+        with self._jobs.job(job or uuid.uuid4().hex) as report:
+            self._store.have(study, report)  # others detect while this one is fetched
+            with self._my_turn(report):
+                report(Progress("read the study", 0, 1))
+                volume = self._store.volume(study)
+                detector = self._models.current()
+                path = self._path(volume.sha256, detector.sha256)
+                attention = path.with_suffix(".nrrd")
+                if not path.is_file():
+                    result = detector.detect(volume, report)
+                    if result.attention is not None:
+                        write_volume(result.attention, attention)
+                    write_durably(path, json.dumps(result.detection.to_json(), allow_nan=False))
+                detection = _read_detection(path, *_stamp(path))
+                self._shown[study] = detection.model
+                return detection, attention if detection.status == "analysed" else None
 
     @contextmanager
     def _my_turn(self, report: ProgressCallback) -> Iterator[None]:
@@ -284,9 +292,16 @@ class BatchDetection(BatchInferTask):
     """Batch inference that also runs without a GPU, where the stock one divides by zero; one study after another."""
 
     def __call__(self, request: Mapping[str, Any], datastore: StudyStore, infer: Any) -> dict[str, Any]:
-        """Ask for the detection of many studies."""
+        """Ask for the detection of many studies; ends with its server, before the next study."""
+
+        def while_the_server_lives(*arguments: Any, **options: Any) -> Any:
+            server = os.environ.get(SERVER_PID)
+            if server and int(server) not in (os.getpid(), os.getppid()):
+                os._exit(1)  # what was found is kept; the stock loop would go on over any error
+            return infer(*arguments, **options)
+
         one_device = {**request, "device": "cpu", "multi_gpu": False, "max_workers": 1}
-        result: dict[str, Any] = super().__call__(one_device, datastore, infer)
+        result: dict[str, Any] = super().__call__(one_device, datastore, while_the_server_lives)
         return result
 
 
@@ -305,6 +320,14 @@ def _result_file() -> Iterator[Path]:
 @lru_cache(maxsize=4096)
 def _read_detection(path: Path, *_stamp: object) -> Detection:
     return Detection.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _changed(folder: Path) -> int:
+    """When a folder changed last; 0 where it is not there."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

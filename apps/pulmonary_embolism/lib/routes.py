@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Form, HTTPException, Request, Response, UploadFile
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from lib.access import Caller, Role
+from lib.checks import finite_json, split_ending
 from lib.limits import READING, RETRY_SECONDS
-from lib.store import finite_json
-from monailabel.endpoints import activelearning
+from lib.policy import LONGEST
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.task import AsyncTask
-from monailabel.utils.async_tasks.utils import processes
 from requests_toolbelt import MultipartEncoder
 
 from pe_app.errors import InputError
@@ -82,9 +81,12 @@ def who_am_i(who: Who) -> dict[str, Any]:
 def next_study(request: Request, strategy: str, who: Who, params: JsonObject = None) -> dict[str, Any]:
     """The study to read next, held for the reader who asks."""
     said = finite_json(params or {})
-    found: dict[str, Any] = activelearning.sample(strategy, {**said, "reader": who.name or said.get("reader")})
-    request.state.study = found.get("id")
-    return found
+    app = app_instance()
+    found: dict[str, Any] = app.next_sample({**said, "strategy": strategy, "reader": who.name or said.get("reader")})
+    if not found:
+        return {}
+    request.state.study = found["id"]
+    return {**found, **app.store.get_image_info(found["id"])}
 
 
 @router.post("/infer/{model}", tags=["Infer"])
@@ -116,22 +118,20 @@ def infer(model: str, who: Who, image: str = "", params: JsonText = "{}", output
 
 
 @router.put("/datastore/label", tags=["Datastore"])
-def save_label(image: str, label: UploadFile, who: Who, params: JsonText = "{}", tag: str = "final") -> dict[str, Any]:
+def save_label(
+    request: Request, image: str, label: UploadFile, who: Who, params: JsonText = "{}", tag: str = "final"
+) -> dict[str, Any]:
     """Save a label; with ``annotation`` in the params, a sparse annotation, whose tag the server decides."""
     info = _json(params)
     tag = tag or "final"
     app = app_instance()
-    store = app.datastore()
+    store = app.store
     store.check_study(image)
-    info = _attributed(info, who, store.annotation_json(image))
+    said = _attributed(info, who, store.labels.annotation_json(image))
     with tempfile.TemporaryDirectory(prefix="pe-") as folder, READING:
-        file = _uploaded(label, Path(folder), "label")
-        with store.lock:  # the answer tells of this save, not of one that follows it
-            label_id = store.save_label(image, str(file), tag, info)
-            meaning = app.on_save_label(image, label_id)
-    if "annotation" in info and info.get("reader"):
-        app.leases.prolong(image, str(info["reader"]))
-    return {**(meaning if "annotation" in info else {"tag": tag}), "image": image, "label": label_id}
+        meaning = store.save(image, _uploaded(label, Path(folder), "label"), tag, {**_seen(request, image), **said})
+    app.on_saved(image, meaning, str(said.get("reader") or ""))
+    return {**meaning, "image": image, "label": image}
 
 
 @router.put("/datastore/", tags=["Datastore"], include_in_schema=False)
@@ -164,23 +164,32 @@ def update_label_info(label: str, tag: str, who: Who, info: JsonText = "{}", par
 
 
 @router.post("/train/{model}", tags=["Train"])
-def train(model: str, params: JsonObject = None, enqueue: bool = False) -> dict[str, Any]:
+def train(model: str, who: Who, params: JsonObject = None, enqueue: bool = False) -> dict[str, Any]:
     """Start a training in a process of its own, or go on with the one that was stopped."""
     task = app_instance()._trainers.get(model)
     if task is None:
         raise HTTPException(404, f"there is no training {model!r}")
     said = finite_json(params or {})
     task.settings(said)
-    # nothing else: MONAI Label takes environment and import paths of the process from the request
-    request = {"model": model, **{name: said[name] for name in task.config() if name in said}}
-    started, _ = AsyncTask.run("train", request=request, enqueue=enqueue)
-    if started is None:
-        raise HTTPException(
-            429,
-            "a training is running: wait for it, stop it, or ask with enqueue=true",
-            {"Retry-After": RETRY_SECONDS},
-        )
-    return dict(started)
+    known = {name: said[name] for name in task.config() if name in said}
+    return vars(app_instance().trainings.submit(model, known, who.name, enqueue=enqueue))
+
+
+@router.get("/train/", tags=["Train"])
+def trainings(all: bool = False, check_if_running: bool = False) -> Any:
+    """The last training that was asked for, or all; of former servers, too. 404 if there is none."""
+    queue = app_instance().trainings
+    found = queue.running() if check_if_running else next(reversed(queue.tasks()), None)
+    if found is None:
+        raise HTTPException(404, "no training is running" if check_if_running else "no training was asked for yet")
+    return [vars(task) for task in queue.tasks()] if all and not check_if_running else vars(found)
+
+
+@router.delete("/train/", tags=["Train"])
+def stop_training() -> dict[str, Any] | None:
+    """End the training that runs at its next step; the same request goes on with it."""
+    stopped = app_instance().trainings.stop()
+    return vars(stopped) if stopped else None
 
 
 @router.post("/batch/infer/{model}", tags=["Infer"])
@@ -202,13 +211,11 @@ def batch_infer(model: str, images: str = "all", params: JsonObject = None) -> d
 
 
 @router.get("/pe/worklist", tags=["Pulmonary embolism"])
-def worklist() -> dict[str, Any]:
+def worklist() -> Response:
     """Every study: how far its review is, what the served model says, who holds it."""
     app = app_instance()
-    rows = app.worklist.rows()
-    if any(app.store.known_facts(row["study"]) is None for row in rows):
-        app.examine_new_studies()
-    return {"studies": rows}
+    app.examine_new_studies()
+    return JSONResponse({"studies": app.worklist.rows()})
 
 
 @router.get("/pe/studies/{study}", tags=["Pulmonary embolism"])
@@ -253,13 +260,79 @@ def cancel_job(job: str) -> dict[str, Any]:
 
 @router.get("/pe/training", tags=["Pulmonary embolism"])
 def training() -> dict[str, Any]:
-    """How far both trainings are, with the figures of every epoch."""
-    running = bool(processes("train"))
-    stages = {name: task.stats() or None for name, task in app_instance()._trainers.items()}
+    """How far both trainings are, with the figures of every epoch, and all trainings that were asked for."""
+    app = app_instance()
+    running = app.trainings.running() is not None
+    stages = {name: task.stats() or None for name, task in app._trainers.items()}
     for status in stages.values():
         if status and status["state"] == "running" and not running:
-            status["state"] = "stopped"  # its process was killed and could not say so
-    return {**stages, "running": running}
+            status["state"] = "interrupted"  # its process was killed and could not say so
+    return {**stages, "running": running, "tasks": [vars(task) for task in app.trainings.tasks()]}
+
+
+@router.get("/pe/studies/{study}/history", tags=["Pulmonary embolism"])
+def history(study: str) -> dict[str, Any]:
+    """Every save of a study, the latest first: who, when, with what program, after which model, what."""
+    return {"study": study, "versions": app_instance().store.versions(study)}
+
+
+@router.get("/pe/studies/{study}/history/{revision}", tags=["Pulmonary embolism"])
+def version(study: str, revision: str) -> dict[str, Any]:
+    """One save; of an annotation with its reviewed slices."""
+    entry, _ = app_instance().store.version(study, revision)
+    return entry
+
+
+@router.get("/pe/studies/{study}/history/{revision}/label", tags=["Pulmonary embolism"], response_class=FileResponse)
+def version_label(study: str, revision: str) -> FileResponse:
+    """The label file of one save, as it was then."""
+    _, file = app_instance().store.version(study, revision)
+    if file is None:
+        raise HTTPException(404, f"version {revision} of study {study} has no label file")
+    _, ending = split_ending(file.name)
+    return FileResponse(file, media_type="application/octet-stream", filename=f"{study}{ending}")
+
+
+@router.post("/pe/studies/{study}/history/{revision}/restore", tags=["Pulmonary embolism"])
+def restore(request: Request, study: str, revision: str, who: Who, body: JsonObject = None) -> dict[str, Any]:
+    """Let an earlier save count again, as a new one; ``based_on`` as for any save."""
+    said = finite_json(body or {})
+    given = {name: said[name] for name in ("based_on", "client", "model_seen") if name in said}
+    info = {**_seen(request, study), "reader": _reader(who, said), **given}
+    app = app_instance()
+    entry: dict[str, Any] = app.store.restore(study, revision, info)
+    app.on_saved(study, entry, "")
+    return entry
+
+
+@router.get("/pe/models", tags=["Pulmonary embolism"])
+def models() -> dict[str, Any]:
+    """The models that were published here, which is served, and whether it is pinned."""
+    app = app_instance()
+    served = vars(app.models.current().identity)
+    kept = [entry.to_json() for entry in app.models.kept()]
+    return {"served": served, "pinned": app.models.serving().pinned, "models": kept}
+
+
+@router.post("/pe/models/{model}/pin", tags=["Pulmonary embolism"])
+def pin_model(model: str) -> dict[str, Any]:
+    """Serve a kept model (version, or first characters of its SHA-256), also when others are published."""
+    app_instance().models.pin(model)
+    return models()
+
+
+@router.delete("/pe/models/pin", tags=["Pulmonary embolism"])
+def unpin_model() -> dict[str, Any]:
+    """Let the next model that is published be served."""
+    app_instance().models.unpin()
+    return models()
+
+
+@router.post("/pe/models/rollback", tags=["Pulmonary embolism"])
+def roll_back_model() -> dict[str, Any]:
+    """Serve the model that was served before."""
+    app_instance().models.rollback()
+    return models()
 
 
 def _reader(who: Caller, body: dict[str, Any] | None) -> str:
@@ -283,6 +356,13 @@ def _attributed(info: dict[str, Any], who: Caller, current: dict[str, Any] | Non
         ]
         info = {**info, "annotation": {**annotation, "slices": slices}}
     return {**info, "reader": who.name}
+
+
+def _seen(request: Request, study: str) -> dict[str, Any]:
+    """What is recorded with a save where the client does not say it: the program, and the model that was looked at."""
+    client = request.headers.get("user-agent", "")[:LONGEST]
+    model = app_instance().detections.shown(study)
+    return {"client": client, "model_seen": vars(model) if model else None}
 
 
 def _review(entry: dict[str, Any]) -> list[object]:

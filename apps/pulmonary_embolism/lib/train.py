@@ -1,11 +1,12 @@
-"""Both trainings as MONAI Label tasks: from the store's annotations and labels to the model that is served.
+"""The trainings that clients ask for: one at a time in a process of its own, the others wait, and all are written down.
 
-MONAI Label runs a task in a process of its own; the server reads from the run folder how far it is. A run that was
-stopped, or whose server died, goes on with the next request, unless studies, annotations or settings changed.
-
-    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training_run``)
+    STUDIES/.pe/runs/tasks.json          what was asked for, and how it ended
+    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training_run``, ``lib.stages``)
     STUDIES/.pe/encoder.safetensors      what stage I published, where stage II starts
-    STUDIES/.pe/model.safetensors        what is served
+    STUDIES/.pe/models/                  what is served (``lib.models``)
+
+A training that was stopped, or whose server died, goes on with the next request, unless studies, annotations or
+settings changed.
 """
 
 from __future__ import annotations
@@ -13,57 +14,57 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
-from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import fields
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.infer import ServedDetector
+from lib.limits import Busy
+from lib.models import Models
+from lib.stages import (
+    STOPPED,
+    Request,
+    Settings,
+    encoder_to_start_from,
+    read_status,
+    stage_settings,
+    tell_end,
+)
 from lib.store import StudyStore
 from monailabel.interfaces.tasks.train import TrainTask
 
-from pe_app.datasets import encoder_key
-from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.files import write_durably
-from pe_app.losses import AttentionLoss
-from pe_app.progress import Cancelled, Progress
-from pe_app.slab_encoder import EncoderConfig
-from pe_app.slabs import SlabConfig
-from pe_app.studies import Study
-from pe_app.study_classifier import ClassifierConfig
-from pe_app.training import ClassifierTraining, EncoderTraining, train_classifier, train_encoder
-from pe_app.training_run import utc_now
+from pe_app.studies import write_studies
 
 logger = logging.getLogger(__name__)
 
-SERVER_PID = "PE_SERVER_PID"
-"""Environment variable that tells a task which process it works for."""
-
 KEPT_RUNS = 3
+KEPT_TASKS = 100
+WAITING_TASKS = 8
+DETAILS = 20
+"""Last lines of a training's log that clients see."""
 
-DERIVED = ("grid", "feature_channels")
-"""Sizes of the classifier that follow from slabs and encoder."""
+STOP_SECONDS = 8.0
+"""A process that was asked to stop is killed after that; a server that stops does not wait longer."""
 
-Settings = dict[str, Any]
-"""Settings of a training by name: numbers, words, switches."""
+DESCRIPTIONS = {"encoder": "Stage I, from annotated slices", "classifier": "Stage II, from study labels"}
 
 
 class StageTask(TrainTask):
-    """What both trainings share: settings from the request, the run folder, and an end with the server."""
+    """A training as MONAI Label describes it to clients."""
 
-    stage: str
-    kinds: tuple[type, ...]
-    """The dataclasses whose plain fields can be set; what else a client sends is ignored."""
-
-    def __init__(self, description: str, served: ServedDetector, private: Path, conf: Mapping[str, object]) -> None:
-        super().__init__(description)
-        self.served = served
-        self.private = private
+    def __init__(self, stage: str, private: Path, conf: Mapping[str, object]) -> None:
+        super().__init__(DESCRIPTIONS[stage])
+        self.stage = stage
+        self._runs = private / "runs"
         self._conf = conf
 
     def config(self) -> Settings:
@@ -76,171 +77,234 @@ class StageTask(TrainTask):
         Raises:
             InputError: if one of them cannot be used.
         """
-        given = {**self._conf, **said}
-        plain: Settings = {"synthetic": False}
-        for kind in self.kinds:
-            plain |= {f.name: f.default for f in fields(kind) if isinstance(f.default, (bool, int, float, str))}
-        plain = {name: default for name, default in plain.items() if name not in DERIVED}
-        settings = {name: _like(default, given.get(name, default), name) for name, default in plain.items()}
-        for kind in self.kinds:
-            _make(kind, settings)
-        return settings
+        return stage_settings(self.stage, {**self._conf, **said})
 
     def stats(self) -> dict[str, Any]:
         """How far the last training is."""
-        runs = self._runs()
-        try:
-            status: dict[str, Any] = json.loads((runs[-1] / "status.json").read_text(encoding="utf-8")) if runs else {}
-        except (FileNotFoundError, ValueError):
-            return {}
+        status = read_status(self.runs()[-1]) if self.runs() else {}
         if status.get("best_epoch"):  # under the name that the stock Slicer plugin shows
             status["best_metric"] = status["history"][status["best_epoch"] - 1].get("validation_accuracy")
         return status
 
+    def runs(self) -> list[Path]:
+        """The folders of the last trainings."""
+        return sorted(self._runs.glob(f"{self.stage}-????"))
+
     def __call__(self, request: Mapping[str, object], datastore: StudyStore) -> dict[str, Any]:
-        """Train, in the task's own process; answers which model was published."""
-        settings = self.settings(request)
-        studies = datastore.studies()
-        folder = self._run_folder(settings, [(study, datastore.facts(study.study).sha256) for study in studies])
+        """Not how this app trains: see ``Trainings``."""
+        raise InputError("a training is asked for with POST /train/encoder or /train/classifier")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training that somebody asked for, under MONAI Label's names.
+
+    Attributes:
+        id: its name.
+        status: SUBMITTED, RUNNING, DONE, ERROR, STOPPED (by a client) or INTERRUPTED (with the server).
+        request: stage and settings, as they were asked for.
+        start_ts: when it was asked for; local time.
+        end_ts: when it ended.
+        run: name of its folder; several tasks may go on in one.
+        reader: who asked.
+        details: last lines of its log.
+    """
+
+    id: str
+    status: str
+    request: Mapping[str, object]
+    start_ts: str
+    end_ts: str = ""
+    run: str = ""
+    reader: str = ""
+    details: tuple[str, ...] = field(default_factory=tuple)
+
+
+class Trainings:
+    """The queue of trainings of a server."""
+
+    def __init__(self, store: StudyStore, models: Models, stages: Callable[[], Mapping[str, StageTask]]) -> None:
+        self._store = store
+        self._models = models
+        self._stages = stages
+        self._path = store.private / "runs" / "tasks.json"
+        self._tasks: dict[str, Task] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._worker: threading.Thread | None = None
+        self._closed = False
+        self._lock = threading.RLock()
+
+    # What clients ask
+
+    def submit(self, stage: str, said: Mapping[str, object], reader: str, *, enqueue: bool) -> Task:
+        """Start a training, or let it wait for those before it.
+
+        Raises:
+            Busy: if one is running and this one may not wait, or too many wait.
+        """
+        with self._lock:
+            waiting = [task for task in self._tasks.values() if task.status in ("SUBMITTED", "RUNNING")]
+            if waiting and not enqueue:
+                raise Busy("a training is running: wait for it, stop it, or ask with enqueue=true")
+            if len(waiting) > WAITING_TASKS:
+                raise Busy(f"{len(waiting)} trainings are waiting: ask again when some are done")
+            task = Task(uuid.uuid4().hex, "SUBMITTED", {"model": stage, **said}, _now(), reader=reader)
+            self._keep(task)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="trainings", daemon=True)
+                self._worker.start()
+            return task
+
+    def tasks(self) -> list[Task]:
+        """What was asked for, in order, by this server and those before it."""
+        return [replace(task, details=self._details(task)) for task in self._tasks.values()]
+
+    def running(self) -> Task | None:
+        """The training that runs now."""
+        return next((task for task in self.tasks() if task.status == "RUNNING"), None)
+
+    def stop(self) -> Task | None:
+        """End the training that runs, at its next step; what it has learned is kept."""
+        with self._lock:
+            task = next((task for task in self._tasks.values() if task.status == "RUNNING"), None)
+            if task is None:
+                return None
+            stopped = replace(task, status="STOPPED", end_ts=_now())
+            self._keep(stopped)
+            if self._process is not None:
+                threading.Thread(target=_end_process, args=(self._process,), daemon=True).start()
+        return stopped
+
+    # With the server
+
+    def open(self) -> None:
+        """Learn what ran before this server started; what had not ended then was interrupted."""
         try:
-            detector = self.train(studies, settings, folder)
-        except InputError as error:
-            self._tell_failure(folder, settings, str(error))
-            raise
-        logger.info("%s: model %s is published", self.stage, detector.sha256)
-        return {"name": detector.card.name, "version": detector.card.version, "sha256": detector.sha256}
+            said = json.loads(self._path.read_text(encoding="utf-8"))
+            tasks = [Task(**{**entry, "details": tuple(entry["details"])}) for entry in said]
+        except FileNotFoundError:
+            tasks = []
+        except (ValueError, TypeError, KeyError):
+            aside = self._path.with_name(f"{self._path.name}.damaged-{uuid.uuid4().hex[:8]}")
+            os.replace(self._path, aside)
+            logger.exception("%s is damaged: it is set aside as %s", self._path, aside.name)
+            tasks = []
+        self._tasks = {task.id: task for task in tasks}
+        self._interrupt()
 
-    @abstractmethod
-    def train(self, studies: tuple[Study, ...], settings: Settings, folder: Path) -> Detector:
-        """Train and publish."""
+    def close(self) -> None:
+        """End what runs because the server ends."""
+        with self._lock:
+            self._closed = True
+            self._interrupt()
+            process = self._process
+        if process is not None:
+            _end_process(process)
 
-    def starts_from(self) -> Path | None:
-        """A model file that the training starts from."""
-        return None
+    def _interrupt(self) -> None:
+        for task in list(self._tasks.values()):
+            if task.status in ("SUBMITTED", "RUNNING"):
+                self._keep(replace(task, status="INTERRUPTED", end_ts=_now()))
+                folder = self._path.parent / task.run
+                if task.run and read_status(folder).get("state") == "running":
+                    tell_end(folder, Request.read(folder), "interrupted", "the server ended; ask again to go on")
 
-    def _tell_failure(self, folder: Path, settings: Settings, text: str) -> None:
-        """Let clients read why a training did not even begin; one that began says so itself."""
-        blank = {"task": f"train {self.stage}", "epoch": 0, "epochs": settings["epochs"], "done": 0, "total": 0}
-        blank |= {"best_epoch": 0, "metrics": {}, "history": [], "updated": utc_now()}
-        status = {**blank, **self.stats(), "state": "failed", "text": text}
-        write_durably(folder / "status.json", json.dumps(status))
+    # The thread that trains
 
-    def _run_folder(self, settings: Settings, studies: list[tuple[Study, str]]) -> Path:
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                task = next((task for task in self._tasks.values() if task.status == "SUBMITTED"), None)
+                if task is None or self._closed:
+                    self._worker = None
+                    return
+                task = replace(task, status="RUNNING")
+                self._keep(task)
+            try:
+                self._run(task)
+            except InputError as error:
+                self._end(task, "ERROR", str(error))
+            except Exception as error:
+                logger.exception("a training cannot be run")
+                self._end(task, "ERROR", f"the server failed: {type(error).__name__}")
+
+    def _run(self, task: Task) -> None:
+        """Prepare a run folder and train in it, in a process that ends with this one."""
+        folder = self._prepare(task)
+        task = replace(task, run=folder.name)
+        with self._lock:
+            if self._tasks[task.id].status != "RUNNING":  # stopped meanwhile
+                return
+            self._keep(task)
+            with (folder / "log.txt").open("ab") as log:
+                command = [sys.executable, "-m", "lib.stages", str(folder)]
+                self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        code = process.wait()
+        with self._lock:
+            self._process = None
+        if code == 0:
+            self._end(task, "DONE")
+        elif code != STOPPED and read_status(folder).get("state") in (None, "running"):
+            text = f"its process ended with {code}; the last lines of {folder / 'log.txt'} may say why"
+            tell_end(folder, Request.read(folder), "failed", text)
+        if code != 0:
+            self._end(task, "STOPPED" if code == STOPPED else "ERROR")
+
+    def _prepare(self, task: Task) -> Path:
         """The folder of the last training if that ended early and was the same, else a new one."""
-        start = self.starts_from()
-        start_sha256 = hashlib.sha256(start.read_bytes()).hexdigest() if start else ""
-        request = json.dumps([settings, [[str(study), sha256] for study, sha256 in studies], start_sha256])
-        fingerprint = hashlib.sha256(request.encode()).hexdigest()
-        runs = self._runs()
-        number = 1
-        if runs:
-            if self.stats().get("state") != "finished" and _text(runs[-1] / "request.sha256") == fingerprint:
-                return runs[-1]
-            number = int(runs[-1].name.rpartition("-")[2]) + 1
-        folder = self.private / "runs" / f"{self.stage}-{number:04d}"
-        write_durably(folder / "request.sha256", fingerprint)
-        for old in self._runs()[:-KEPT_RUNS]:
+        stage = self._stages()[str(task.request["model"])]
+        settings = stage.settings({name: value for name, value in task.request.items() if name != "model"})
+        studies = self._store.studies()
+        start = encoder_to_start_from(self._store.private, self._models) if stage.stage == "classifier" else None
+        said = [
+            settings,
+            [[str(study), self._store.facts(study.study).sha256] for study in studies],
+            hashlib.sha256(start.read_bytes()).hexdigest() if start else "",
+        ]
+        fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        runs = stage.runs()
+        if runs and read_status(runs[-1]).get("state") != "finished" and _text(runs[-1] / "sha256") == fingerprint:
+            return runs[-1]
+        number = int(runs[-1].name.rpartition("-")[2]) + 1 if runs else 1
+        folder = self._path.parent / f"{stage.stage}-{number:04d}"
+        write_studies(studies, folder / "studies.csv")
+        first = str(self._models.start) if self._models.start else None
+        Request(stage.stage, settings, str(self._store.private), first).write(folder)
+        write_durably(folder / "sha256", fingerprint)
+        for old in stage.runs()[:-KEPT_RUNS]:
             shutil.rmtree(old, ignore_errors=True)
         return folder
 
-    def _runs(self) -> list[Path]:
-        return sorted((self.private / "runs").glob(f"{self.stage}-????"))
+    def _end(self, task: Task, status: str, detail: str = "") -> None:
+        with self._lock:
+            if self._tasks[task.id].status == "RUNNING":  # not stopped or interrupted already
+                details = (detail,) if detail else self._details(task)
+                self._keep(replace(task, status=status, end_ts=_now(), details=details))
+
+    def _details(self, task: Task) -> tuple[str, ...]:
+        if (task.end_ts and task.details) or not task.run:
+            return task.details
+        return tuple(_text(self._path.parent / task.run / "log.txt").splitlines()[-DETAILS:])
+
+    def _keep(self, task: Task) -> None:
+        tasks = {**self._tasks, task.id: task}
+        self._tasks = dict(list(tasks.items())[-KEPT_TASKS:])
+        write_durably(self._path, json.dumps([asdict(task) for task in self._tasks.values()], indent=1))
 
 
-class EncoderTask(StageTask):
-    """Train ``encoder``: stage I, from the annotated slices.
-
-    The new encoder needs a new classifier, so a detector whose stages are both trained stays until stage II is trained,
-    too; before there is such a one, the new encoder is served at once.
-    """
-
-    stage = "encoder"
-    kinds = (EncoderTraining, SlabConfig, EncoderConfig, ClassifierConfig, AttentionLoss)
-
-    def train(self, studies: tuple[Study, ...], settings: Settings, folder: Path) -> Detector:
-        """Train stage I."""
-        detector = train_encoder(
-            studies,
-            self.private / "encoder.safetensors",
-            settings=_make(EncoderTraining, {**settings, "attention_loss": _make(AttentionLoss, settings)}),
-            slabs=_make(SlabConfig, settings),
-            network=_make(EncoderConfig, settings),
-            classifier=_make(ClassifierConfig, settings),
-            synthetic=settings["synthetic"],
-            run_dir=folder,
-            progress=_while_the_server_lives,
-        )
-        if not self.served.current().card.trained:
-            detector.save(self.served.published)
-        return detector
-
-
-class ClassifierTask(StageTask):
-    """Train ``classifier``: stage II, from the study labels; then both stages are served."""
-
-    stage = "classifier"
-    kinds = (ClassifierTraining,)
-
-    def starts_from(self) -> Path | None:
-        """What stage I published, else the encoder of the served model."""
-        trained = self.private / "encoder.safetensors"
-        return trained if trained.is_file() else self.served.path
-
-    def train(self, studies: tuple[Study, ...], settings: Settings, folder: Path) -> Detector:
-        """Train stage II."""
-        encoder = self.starts_from()
-        if encoder is None:
-            raise InputError("there is no trained encoder: train the encoder first")
-        features = self.private / "features" / encoder_key(Detector.load(encoder))[:16]
-        for other in features.parent.glob("*"):
-            if other != features:  # of a former encoder; 30 MB a study
-                shutil.rmtree(other, ignore_errors=True)
-        return train_classifier(
-            studies,
-            encoder,
-            self.served.published,
-            settings=_make(ClassifierTraining, settings),
-            synthetic=settings["synthetic"],
-            run_dir=folder,
-            cache_dir=features,
-            progress=_while_the_server_lives,
-        )
-
-
-def _make(kind: type, settings: Settings) -> Any:
-    """A dataclass with its settings; the sizes that follow from others are worked out."""
-    names = {field.name for field in fields(kind)}
-    chosen = {name: value for name, value in settings.items() if name in names}
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    """Close the input of a training's process, which stops at its next step; kill it if that takes too long."""
+    if process.stdin is not None:
+        process.stdin.close()
     try:
-        if kind is ClassifierConfig:
-            slabs = _make(SlabConfig, settings)
-            chosen |= {"grid": slabs.grid, "feature_channels": 8 * settings["width"]}
-        return kind(**chosen)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
-def _like(default: object, value: object, name: str) -> Any:
-    """A setting as a client sent it, perhaps as text, as the kind of value that it is."""
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(default, str):
-            return str(value)
-        number = float(value)  # type: ignore[arg-type]
-        if not math.isfinite(number) or (isinstance(default, int) and number != int(number)):
-            raise ValueError
-        return type(default)(number)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{name}: expected a value like {default!r}, got {value!r}") from error
-
-
-def _while_the_server_lives(progress: Progress) -> None:
-    """The callback of a task: a training does not outlive its server; the next one goes on where it stopped."""
-    server = os.environ.get(SERVER_PID)
-    if server and int(server) not in (os.getpid(), os.getppid()):
-        raise Cancelled("the server is gone")
+def _now() -> str:
+    return datetime.now().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

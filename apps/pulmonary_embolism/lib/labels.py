@@ -1,0 +1,313 @@
+"""The labels of the studies: what is saved becomes a version of the history, what counts is laid into ``labels/``.
+
+    STUDIES/.pe/history/                         every version of every label (``lib.history``): the truth
+    STUDIES/labels/<tag>/<study>.seg.nrrd .json  the labels that count, for people and stock clients
+
+The only place that knows what tags mean: an annotation is a ``draft`` until every slice of the reading schedule is
+reviewed, then ``final``. Both are one line of versions, so that at most one of them exists; every other tag is a line
+of its own, and so is what is said of a study as a whole. Nothing here knows MONAI Label; callers hold the store's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lib.checks import LABEL_ENDINGS, check_inside, check_tag, finite_json, is_tag, read_grid, split_ending
+from lib.history import History, Version, show
+from lib.images import Images
+
+from pe_app.annotation import SparseAnnotation
+from pe_app.errors import InputError
+from pe_app.files import write_durably
+from pe_app.volume import Volume
+from pe_app.volume_io import read_mask
+
+logger = logging.getLogger(__name__)
+
+DRAFT, FINAL = "draft", "final"
+
+ANNOTATION_LINE = "annotation"
+STUDY_LABEL_LINE = "study-label"
+COUNTS = ("accepted", "open", "reviewed")
+"""What the store tells of an annotation to whom saved it."""
+OWN = (*COUNTS, "embolism", "slices", "time", "ts")
+"""All of a version's info that the store itself says: no client can say otherwise."""
+
+_REVISION = re.compile(r"[0-9]{6,12}-[0-9a-f]{8}")
+
+
+class Conflict(InputError):  # noqa: N818 - a state, not a fault
+    """Somebody else saved in between: whoever saves must see what counts now."""
+
+    def __init__(self, message: str, revision: str | None = None, annotation: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.revision = revision
+        self.annotation = annotation
+
+
+class Labels:
+    """The labels of a studies folder."""
+
+    def __init__(self, root: Path, history: History, images: Images) -> None:
+        self._root = root
+        self._folder = root / "labels"
+        self._images = images
+        self.history = history
+
+    # What counts
+
+    def annotation_path(self, study: str) -> Path | None:
+        """The .json of the annotation that counts, in the history, where no later save changes it."""
+        version = self.history.current(study, ANNOTATION_LINE)
+        if version is None or not version.annotated:
+            return None
+        return self.history.path(study, ANNOTATION_LINE, version.revision, ".json")
+
+    def annotation_json(self, study: str) -> dict[str, Any] | None:
+        """The annotation that counts as JSON, without its outlines."""
+        path = self.annotation_path(study)
+        return _annotation_json(path) if path else None
+
+    def check_counts(self, study: str, line: str, based_on: object) -> None:
+        """Refuse a save that was made from another version than the one that counts.
+
+        Raises:
+            Conflict: with what counts.
+        """
+        current = self.history.current(study, line)
+        counts = current.revision if current and (current.ext or line == STUDY_LABEL_LINE) else None
+        if based_on != counts:
+            message = f"study {study} was saved by somebody else meanwhile: take over the changes and save again"
+            raise self.conflict(message, study)
+
+    def conflict(self, message: str, study: str) -> Conflict:
+        """A conflict that shows the annotation that counts."""
+        version = self.history.current(study, ANNOTATION_LINE)
+        return Conflict(message, version.revision if version and version.ext else None, self.annotation_json(study))
+
+    def counts_already(self, study: str, annotation: SparseAnnotation) -> bool:
+        """Whether an annotation is the one that counts."""
+        path = self.annotation_path(study)
+        current = SparseAnnotation.read(path) if path else None
+        return (
+            current is not None
+            and (current.image_sha256, current.slices) == (annotation.image_sha256, annotation.slices)
+            and all(bool((current.masks[index] == mask).all()) for index, mask in annotation.masks.items())
+        )
+
+    # New versions
+
+    def write_annotation(self, study: str, ct: Path, annotation: SparseAnnotation, info: Mapping[str, Any]) -> None:
+        """A new version of the annotation of a CT.
+
+        Raises:
+            InputError: if it belongs to another CT, or this one has no reading schedule.
+        """
+        facts = self._images.facts(study, ct)
+        if not facts.schedule:
+            raise InputError(f"study {study}: {facts.reason}")
+        still_open = annotation.open_slices(facts.schedule)
+        counts = (len(annotation.slices), list(still_open), len(facts.schedule) - len(still_open))
+        own = {
+            **dict(zip(COUNTS, counts, strict=True)),
+            "embolism": bool(annotation.masks),
+            "slices": dict(Counter(reviewed.state for reviewed in annotation.slices)),
+        }
+        revision, previous = self._next_revision(study, ANNOTATION_LINE)
+        annotation.write(self.history.path(study, ANNOTATION_LINE, revision, ".json"), self._images.volume(ct))
+        tag = DRAFT if still_open else FINAL
+        version = Version(revision, previous, tag, ".seg.nrrd", True, _dated({**info, **own}))
+        self.history.commit(study, ANNOTATION_LINE, version)
+
+    def write_file(self, study: str, tag: str, source: Path, info: Mapping[str, Any]) -> None:
+        """A new version of a plain label."""
+        line, ending = line_of(tag), split_ending(source.name)[1].lower()
+        revision, previous = self._next_revision(study, line)
+        write_durably(self.history.path(study, line, revision, ending), source.read_bytes())
+        self.history.commit(study, line, Version(revision, previous, tag, ending, False, _dated(info)))
+
+    def write_study_label(self, study: str, info: Mapping[str, Any]) -> None:
+        """A new version of what is said of the study as a whole."""
+        revisions = self._next_revision(study, STUDY_LABEL_LINE)
+        self.history.commit(study, STUDY_LABEL_LINE, Version(*revisions, "", "", False, _dated(info)))
+
+    def remove(self, study: str, tag: str) -> None:
+        """Take a label away from the clients: a version without files."""
+        revisions = self._next_revision(study, line_of(tag))
+        self.history.commit(study, line_of(tag), Version(*revisions, tag, "", False, _dated({})))
+
+    def add_info(self, study: str, tag: str, info: Mapping[str, Any]) -> None:
+        """Say more of the version that counts, as the stock Reviewer does; files and revision stay."""
+        current = self.history.current(study, line_of(tag))
+        if current is not None:
+            own = {name: current.info[name] for name in OWN if name in current.info}
+            self.history.commit(study, line_of(tag), replace(current, info={**current.info, **info, **own}))
+
+    def _next_revision(self, study: str, line: str) -> tuple[str, str]:
+        check_inside(self.history.path(study, line, "", ""), self._root)
+        return self.history.next_revision(study, line)
+
+    # All versions
+
+    def versions(self, study: str) -> list[dict[str, Any]]:
+        """Every save of a study, the latest first: its annotations, plain labels and study labels.
+
+        Returns:
+            Of each ``revision``, ``previous``, ``kind`` (annotation, label, study_label or removal), ``tag``,
+            ``current``, ``reader``, ``time``, ``client``, ``model_seen``, ``restored_from``, ``slices`` (how many of
+            each state; an annotation's) and ``label`` (a study label's).
+        """
+        found = [
+            _described(line, version, current=number == 0)
+            for line in self.history.lines(study)
+            for number, version in enumerate(self.history.versions(study, line))
+        ]
+        return sorted(found, key=lambda entry: (entry["time"], entry["revision"]), reverse=True)
+
+    def find(self, study: str, revision: str) -> tuple[str, Version] | None:
+        """A version and its line; None if there is none of that name."""
+        if _REVISION.fullmatch(revision):
+            for line in self.history.lines(study):
+                for version in self.history.versions(study, line):
+                    if version.revision == revision:
+                        return line, version
+        return None
+
+    def describe(self, study: str, line: str, version: Version) -> dict[str, Any]:
+        """A version as ``versions`` tells it; an annotation's with ``annotation``."""
+        current = self.history.current(study, line)
+        entry = _described(line, version, current=current is not None and current.revision == version.revision)
+        if version.annotated:
+            entry["annotation"] = _annotation_json(self.history.path(study, line, version.revision, ".json"))
+        return entry
+
+    def file(self, study: str, line: str, version: Version) -> Path | None:
+        """The label file of a version, if it has one."""
+        return self.history.path(study, line, version.revision, version.ext) if version.ext else None
+
+    # The folder ``labels/``
+
+    def show(self, study: str) -> dict[str, Version]:
+        """Lay the versions that count into ``labels/``, take former ones away, and tell what is there now, by tag."""
+        shown: dict[str, Version] = {}
+        wanted = set()
+        lines = self.history.lines(study)
+        for line in lines:
+            version = self.history.current(study, line)
+            if version is None or not version.ext:
+                continue
+            for ending in (version.ext, ".json") if version.annotated else (version.ext,):
+                target = self._folder / version.tag / f"{study}{ending}"
+                check_inside(target.parent, self._root)
+                show(self.history.path(study, line, version.revision, ending), target)
+                wanted.add(target)
+            shown[version.tag] = version
+        for tag in self._tags() if lines else ():
+            for ending in (*LABEL_ENDINGS, ".json") if line_of(tag) in lines else ():
+                stale = self._folder / tag / f"{study}{ending}"
+                if stale not in wanted:
+                    stale.unlink(missing_ok=True)
+        return shown
+
+    def adopt(self, study: str, ct: Path, said: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take label files that somebody, or a stock server, laid into ``labels/`` into the history.
+
+        Those that cannot be read or lie on another grid are set aside; all stay where they are while the CT itself
+        cannot be read.
+
+        Args:
+            study: the study.
+            ct: its file.
+            said: info of the labels by tag, as a stock server kept it in its index.
+        """
+        lines = self.history.lines(study)
+        by_hand = [
+            (tag, found)
+            for tag in sorted(self._tags(), key=lambda tag: tag == FINAL)  # of draft and final, the latter counts
+            if line_of(tag) not in lines
+            for found in (self._folder / tag / f"{study}{ending}" for ending in LABEL_ENDINGS)
+            if found.is_file() and not found.is_symlink()
+        ]
+        if not by_hand:
+            return
+        with suppress(InputError):  # of the CT
+            grid = read_grid(ct)
+            for tag, found in by_hand:
+                try:
+                    self._adopt(study, ct, grid, tag, found, said.get(tag, {}))
+                except InputError as error:
+                    if not self._images.facts(study, ct).schedule:
+                        raise
+                    aside = found.with_name(f"{found.name}.damaged-{time.time_ns()}")
+                    logger.warning("%s: %s; it is set aside as %s", found, error, aside.name)
+                    os.replace(found, aside)
+
+    def _adopt(self, study: str, ct: Path, grid: Volume, tag: str, found: Path, said: Mapping[str, Any]) -> None:
+        info = {"adopted": True}
+        with suppress(InputError):  # a stock server took anything
+            info = {**finite_json(said), **info}
+        beside = self._folder / tag / f"{study}.json"
+        if found.name.endswith(".seg.nrrd") and beside.is_file():
+            self.write_annotation(study, ct, SparseAnnotation.read(beside, self._images.volume(ct)), info)
+        else:
+            read_mask(found, grid)
+            self.write_file(study, tag, found, info)
+
+    def _tags(self) -> list[str]:
+        """The tags that have a folder."""
+        return [entry.name for entry in os.scandir(self._folder) if entry.is_dir() and is_tag(entry.name)]
+
+
+def line_of(tag: str) -> str:
+    """The line of versions that a tag belongs to.
+
+    Raises:
+        InputError: if the tag is no name.
+    """
+    check_tag(tag)
+    return ANNOTATION_LINE if tag in (DRAFT, FINAL) else f"tag-{tag}"
+
+
+def _described(line: str, version: Version, *, current: bool) -> dict[str, Any]:
+    """A version as people and clients see it."""
+    info = version.info
+    if line == STUDY_LABEL_LINE:
+        kind = "study_label"
+    else:
+        kind = "removal" if not version.ext else "annotation" if version.annotated else "label"
+    return {
+        "revision": version.revision,
+        "previous": version.previous or None,
+        "kind": kind,
+        "tag": version.tag,
+        "current": current,
+        "reader": info.get("reader") or info.get("client_id") or "",
+        "time": info.get("time", ""),
+        "client": info.get("client", ""),
+        "model_seen": info.get("model_seen"),
+        "restored_from": info.get("restored_from"),
+        "slices": info.get("slices"),
+        "label": info.get("pe_label"),
+    }
+
+
+def _annotation_json(path: Path) -> dict[str, Any]:
+    payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    payload.pop("mask_sha256", None)  # binds the two files to each other; a client's next save has other outlines
+    return payload
+
+
+def _dated(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Info with the time of the save, for people and as MONAI Label writes it."""
+    return {**info, "time": datetime.now(UTC).isoformat(timespec="seconds"), "ts": int(time.time())}
