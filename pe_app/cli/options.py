@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
+EXIT_INCOMPLETE = 4
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model file; by default the starter model that ships.")]
 StudyList = Annotated[Path, typer.Option("--studies", help="Study list: CSV of study, path, patient, label, ...")]
@@ -30,6 +32,22 @@ ArchiveUser = Annotated[str, typer.Option("--user", envvar="PE_ARCHIVE_USER", he
 PasswordFile = Annotated[Path | None, typer.Option("--password-file", help="File whose first line is the password.")]
 CaFile = Annotated[Path | None, typer.Option("--ca", help="Certificates to trust, where the archive's is the "
                                              "hospital's own.")]  # fmt: skip
+
+Patient = Annotated[str, typer.Option("--patient", help="Of an archive: only this Patient ID; * for any text.")]
+Date = Annotated[str, typer.Option("--date", help="Of an archive: only studies of a day or days, 20260101-20260131.")]
+Description = Annotated[str, typer.Option("--description", help="Of an archive: only series described so, *PE*.")]
+
+
+def archive_query(patient: str, date: str, description: str) -> dict[str, str]:
+    """What to ask an archive for, by DICOM keyword.
+
+    Raises:
+        InputError: if the date is none.
+    """
+    if not re.fullmatch(r"|\d{8}|\d{8}-(\d{8})?|-\d{8}", date):
+        raise InputError(f"--date {date}: expected a day, 20260101, or days, 20260101-20260131 or 20260101-")
+    asked = {"PatientID": patient, "StudyDate": date, "SeriesDescription": description}
+    return {keyword: value for keyword, value in asked.items() if value}
 
 
 def archive_access(url: str, user: str, password_file: Path | None, ca: Path | None) -> Access:
@@ -51,6 +69,21 @@ def archive_access(url: str, user: str, password_file: Path | None, ca: Path | N
     return Access(url, user, password, ca)
 
 
+Accept = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept", help="Code of a refusal that only warns here, e.g. no_contrast; may be given several times."
+    ),
+]
+Refuse = Annotated[
+    list[str] | None,
+    typer.Option("--refuse", help="Code of a warning that refuses here, e.g. lungs_cut; may be given several times."),
+]
+Limits = Annotated[
+    Path | None, typer.Option("--limits", help="JSON file with other limits of the quality gate (docs/quality.md).")
+]
+
+
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
     """A callback that shows one bar a task with the time left, on standard error."""
@@ -63,7 +96,8 @@ def progress_bars() -> Iterator[ProgressCallback]:
         TextColumn("{task.fields[text]}"),
     )
     tasks: dict[str, TaskID] = {}
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    # an hour: a unit may take minutes, and the time left is told from at least two of them
+    with Bar(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bar:
 
         def show(progress: Progress) -> None:
             if progress.task not in tasks:
