@@ -30,6 +30,7 @@ from pe_app.cli.store import (
     show_label,
     unpin_model,
 )
+from pe_app.cli.results import export_bundle, export_seg, import_seg
 from pe_app.cli.tokens import add, list_, revoke
 from pe_app.cli.train import classifier, encoder
 from pe_app.errors import InputError
@@ -69,6 +70,9 @@ tokens_app.command("add")(add)
 tokens_app.command("list")(list_)
 tokens_app.command("revoke")(revoke)
 app.add_typer(tokens_app, name="tokens")
+app.command()(import_seg)
+app.command()(export_seg)
+app.command()(export_bundle)
 app.command()(demo)
 app.command()(bench)
 
