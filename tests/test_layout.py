@@ -21,6 +21,7 @@ READING_ORDER = (
     ),
     *("dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "importing", "detection"),
     *("slab_encoder", "study_classifier", "losses", "detector", "result_files", "worklist", "batch"),
+    *("dicom_results", "segmentation_import", "bundle"),
     *("datasets", "training_run"),
     *("training_loop", "training", "fine_tuning", "roc", "localisation", "baselines"),
     *("looking", "prediction_file", "evaluation", "evaluation_pictures", "evaluation_page"),

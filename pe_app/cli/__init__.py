@@ -20,6 +20,7 @@ from pe_app.cli.detecting import detect
 from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.reading import demo, serve
+from pe_app.cli.results import export_bundle, export_seg, import_seg
 from pe_app.cli.store import (
     add_model,
     list_labels,
@@ -30,7 +31,6 @@ from pe_app.cli.store import (
     show_label,
     unpin_model,
 )
-from pe_app.cli.results import export_bundle, export_seg, import_seg
 from pe_app.cli.tokens import add, list_, revoke
 from pe_app.cli.train import classifier, encoder
 from pe_app.errors import InputError

@@ -1,0 +1,102 @@
+"""Verbs that exchange results with other programs: import-seg, export-seg, export-bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pe_app.cli.options import ArchiveUser, CaFile, Model, PasswordFile, archive_access, progress_bars
+from pe_app.errors import InputError
+
+if TYPE_CHECKING:
+    from pe_app.detector import DetectionResult
+    from pe_app.dicomweb import Access
+    from pe_app.volume import Volume
+
+Send = Annotated[str, typer.Option("--send", metavar="URL", help="Send the objects to this DICOMweb archive, too; what "
+                                   "it holds already is not sent again.")]  # fmt: skip
+
+
+def dicom_writer(access: Access | None) -> Callable[[DetectionResult, Volume, Path], None]:
+    """What ``detect`` does with a study whose files are written: DICOM objects into FOLDER/dicom, and to an archive."""
+    from pe_app.dicom_results import write_dicom_results
+    from pe_app.dicom_results.sending import send
+    from pe_app.dicomweb import Archive
+
+    archive = Archive(access) if access else None
+
+    def write(result: DetectionResult, volume: Volume, folder: Path) -> None:
+        files = write_dicom_results(result, volume, folder / "dicom")
+        if archive is not None:
+            send(archive, files)
+
+    return write
+
+
+def import_seg(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="DICOM segmentations.")],
+    studies: Annotated[Path, typer.Option("--studies", help="Folder with studies.csv, as 'pe-app import' makes it.")],
+    reviewed: Annotated[str, typer.Option(help="Which slices the reader looked at: segmented, range, all, or A-B "
+                                               "(slice indices, 0 nearest the feet). A reviewed slice without an "
+                                               "outline is 'none'.")],
+    segment: Annotated[str, typer.Option(help="Number or label of the segment with the emboli, or all.")] = "",
+    reader: Annotated[str, typer.Option(help="Who drew it. [default: the content creator in each file]")] = "",
+) -> None:  # fmt: skip
+    """Outlines drawn elsewhere (DICOM SEG) become annotations of the studies they were drawn on."""
+    from pe_app.segmentation_import import Imported, import_segmentations, parse_reviewed
+
+    def tell(imported: Imported) -> None:
+        typer.echo(f"{imported.study}: {imported.embolism} slices with embolism, {imported.none} without: "
+                   f"{imported.annotation}")  # fmt: skip
+
+    problems = import_segmentations(files, studies, parse_reviewed(reviewed), segment, reader, tell)
+    if problems:
+        raise InputError("\n".join(f"left out: {problem}" for problem in problems))
+
+
+def export_seg(
+    study: Annotated[Path, typer.Argument(help="DICOM folder or imported .nrrd of the CT.")],
+    annotation: Annotated[Path, typer.Argument(help="The .json of its reviewed slices, or Slicer's .seg.nrrd.")],
+    out: Annotated[Path, typer.Option("--out", help="The .dcm to write.")],
+    series: Annotated[str | None, typer.Option(help="Series Instance UID, where the folder holds several.")] = None,
+    send: Send = "",
+    user: ArchiveUser = "",
+    password_file: PasswordFile = None,
+    ca: CaFile = None,
+) -> None:
+    """A reader's outlines as DICOM SEG, in the study they belong to."""
+    from pe_app.annotation import SparseAnnotation
+    from pe_app.dicom_results import write_reader_segmentation
+    from pe_app.dicom_results.sending import send as send_files
+    from pe_app.dicomweb import Archive
+    from pe_app.volume_io import read_volume
+
+    access = archive_access(send, user, password_file, ca) if send else None
+    volume = read_volume(study, series=series)
+    path = write_reader_segmentation(SparseAnnotation.read(annotation, volume), volume, out)
+    if path is None:
+        typer.echo("No slice shows embolism: there is nothing to outline, no file was written.")
+        return
+    typer.echo(f"Written to {path}")
+    if access is not None:
+        with progress_bars() as progress:
+            sent = send_files(Archive(access), [path], progress)
+        typer.echo("The archive holds it already." if sent.known else f"Sent to {send}")
+
+
+def export_bundle(
+    out: Annotated[Path, typer.Option("--out", help="Folder to make.")],
+    model: Model = None,
+) -> None:
+    """The model as a MONAI Bundle, which runs with 'python -m monai.bundle run'."""
+    from pe_app.bundle import write_bundle
+    from pe_app.detector import default_model
+
+    chosen = model or default_model()
+    if chosen is None:
+        raise InputError("no model: give one with --model FILE")
+    write_bundle(chosen, out)
+    typer.echo(f"Bundle: {out}. See {out / 'docs' / 'README.md'}. Research use only, not for diagnosis.")
