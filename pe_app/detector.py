@@ -29,7 +29,7 @@ from pe_app.errors import InputError, UnfitStudy
 from pe_app.files import write_durably
 from pe_app.lungs import find_lungs, lung_range
 from pe_app.progress import Progress, ProgressCallback, silent
-from pe_app.quality import QualityLimits, Reason, check_study
+from pe_app.quality import QualityLimits, Reason, check_study, judged
 from pe_app.slab_encoder import EncoderConfig, SlabEncoder, normalised
 from pe_app.slabs import SlabConfig, Slabs, study_slabs
 from pe_app.study_classifier import ClassifierConfig, StudyClassifier
@@ -256,7 +256,7 @@ class Detector:
         progress(Progress("check the study", 0, self.slabs.slab_count))
         with _timed(seconds, "quality"):
             lungs = find_lungs(volume)
-            reasons = (*self.card.reasons(), *check_study(volume, self.limits, lungs))
+            reasons = (*judged(self.card.reasons(), self.limits), *check_study(volume, self.limits, lungs))
         if any(reason.refuses for reason in reasons):
             return DetectionResult(self._refused(ImageIdentity.of(volume), reasons, seconds), None)
 
