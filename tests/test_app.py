@@ -259,6 +259,8 @@ def test_a_second_detection_is_remembered_and_the_worklist_shows_it(server):
     assert len(params["evidence"]) == 10
     assert multipart(server.request("POST", "/infer/detection?image=alpha")) == (params, image)
     assert row(server, "alpha")["probability"] == params["probability"]
+    assert row(server, "alpha")["status"] == "analysed"
+    assert row(server, "alpha")["reasons"] == [reason["code"] for reason in params["reasons"]]
     assert server.json("GET", "/pe/studies/alpha")["detection"] == params
     whys = {entry["why"] for entry in server.json("GET", "/pe/studies/alpha")["schedule"]}
     assert whys == {"schedule", "suspicious"}

@@ -148,6 +148,8 @@ class Worklist:
             "revision": review.revision,
             "usable": facts is None or not facts.reason,
             "reason": facts.reason if facts else self.store.not_examined(study),
+            "status": said.status if said else None,
+            "reasons": list(said.reasons) if said else [],
         }
 
     def details(self, study: str) -> dict[str, object]:

@@ -127,11 +127,13 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Summary:
-    """A detection in short, for lists of thousands: study probability, strongest slab's, and the model's name."""
+    """A detection in short, for lists of thousands: both probabilities, model, status, codes of its reasons."""
 
     probability: float | None
     strongest_slab: float | None
     model: str
+    status: str
+    reasons: tuple[str, ...]
 
 
 class Detections:
@@ -193,7 +195,9 @@ class Detections:
         if known is None and name in self._listed[1]:
             said = json.loads((self._folder / name).read_text(encoding="utf-8"))
             strongest = max((slab["probability"] for slab in said["evidence"]), default=None)
-            known = Summary(said["probability"], strongest, f"{said['model']['name']} {said['model']['version']}")
+            model = f"{said['model']['name']} {said['model']['version']}"
+            codes = tuple(reason["code"] for reason in said["reasons"])
+            known = Summary(said["probability"], strongest, model, said["status"], codes)
             self._summaries[name] = known
         return known
 
