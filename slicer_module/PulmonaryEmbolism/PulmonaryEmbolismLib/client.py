@@ -27,7 +27,7 @@ POLL_SECONDS = 0.5
 
 
 class Client:
-    """One server and one reader. Holds no connection and no state but the address, so any thread may use it."""
+    """One server and one reader. Holds no connection and no state but these, so any thread may use it."""
 
     def __init__(self, address: str, token: str = "", reader: str = "") -> None:
         self._transport = Transport(address, token)
@@ -57,6 +57,7 @@ class Client:
                 f"The server (version {pe.get('version')}) speaks interface {pe.get('api')}, this module {API}; "
                 + ("update this module." if newer else "update the server.")
             )
+        self.reader = as_text(pe.get("reader")) or self.reader  # whose token it is counts, not the name typed
         return Server(
             self.address,
             as_text(pe.get("version")),

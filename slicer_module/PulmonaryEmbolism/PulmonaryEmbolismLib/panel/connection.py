@@ -49,6 +49,7 @@ class Connection:
         self.ui.serverSection.collapsed = False
 
     def _connected(self, client: Client, server: Server) -> None:
+        self.ui.readerEdit.text = client.reader
         self.panel.use(client, server)
         self._save_settings(client)
         self.show_model()
