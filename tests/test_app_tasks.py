@@ -1,18 +1,19 @@
-"""Training and next-study tasks of the app, in this process: settings, run folders, leases."""
+"""Training and next-study tasks of the app: settings, the queue, its processes and what outlives them, leases."""
 
 import json
 import os
+import signal
 import sys
 import time
-from dataclasses import replace
 
 import pytest
-from app_server import APP, chest
-from small_studies import CLASSIFIER, ENCODER, SLABS
+from app_server import APP
+from small_studies import CLASSIFIER, ENCODER, LUNG, SLABS, small_chest
 
-from pe_app.detector import Detector, ModelCard, TrainingRecord
+from pe_app.annotation import SparseAnnotation
+from pe_app.detector import Detector
 from pe_app.errors import InputError
-from pe_app.progress import Cancelled, Progress
+from pe_app.progress import Progress
 from pe_app.volume_io import write_volume
 
 sys.path.insert(0, str(APP))
@@ -21,30 +22,87 @@ import lib.compat  # before monailabel
 # isort: split
 import lib.train
 from lib.active import Leases
-from lib.infer import Busy, Jobs, ServedDetector
-from lib.store import Conflict, StudyStore
-from lib.train import SERVER_PID, ClassifierTask, EncoderTask
+from lib.infer import Jobs
+from lib.labels import Conflict
+from lib.limits import Busy
+from lib.models import Models
+from lib.store import StudyStore
+from lib.train import StageTask, Trainings
 
-RECORD = TrainingRecord(2, 1, 3, True, 1, 1, 1.0, "cpu", "2026-11-02T08:00:00Z", "", {}, {}, ())
 PROGRESS = Progress("train", 1, 2)
+SETTINGS = {"matrix": 64, "crop": 64, "slab_count": 6, "width": 8, "filters": 4, "batch": 8, "synthetic": True}
 
 
-def detector(seed, trained=False):
-    made = Detector.untrained(seed, SLABS, ENCODER, CLASSIFIER)
-    return replace(made, card=ModelCard("m", "1", RECORD, RECORD if trained else None))
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """Six studies: three with annotated emboli, three negative."""
+    folder = tmp_path_factory.mktemp("trainings") / "studies"
+    chests = {f"study{number}": small_chest(number, emboli=3 * (number % 2)) for number in range(6)}
+    for name, (volume, _) in chests.items():
+        write_volume(volume, folder / f"{name}.nrrd")
+    store = StudyStore(folder)
+    for name, (volume, mask) in chests.items():
+        positive = bool(mask.voxels.any())
+        store.update_image_info(name, {"pe_label": "positive" if positive else "negative"})
+        if positive:
+            annotation = SparseAnnotation.from_mask(volume, mask, range(LUNG.start, LUNG.stop, 3), "reader")
+            annotation.write(folder.parent / "sent.json", volume)
+            store.save(name, folder.parent / "sent.seg.nrrd", "draft", {"annotation": annotation.to_json()})
+    Detector.untrained(0, SLABS, ENCODER, CLASSIFIER).save(folder.parent / "start.safetensors")
+    return store
 
 
 @pytest.fixture
-def store(tmp_path):
-    write_volume(chest(1, emboli=1)[0], tmp_path / "studies" / "one.nrrd")
-    return StudyStore(tmp_path / "studies")
+def server(studied, monkeypatch):
+    """``server()`` is the queue of a server that starts now on the same folder as those before it."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(APP), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    opened = []
+
+    def start():
+        models = Models(studied.private / "models", studied.root.parent / "start.safetensors")
+        stages = {stage: StageTask(stage, studied.private, {"epochs": "7"}) for stage in ("encoder", "classifier")}
+        queue = Trainings(studied, models, lambda: stages)
+        queue.open()
+        opened.append(queue)
+        return queue
+
+    yield start
+    for queue in opened:
+        queue.close()
+
+
+def ended(queue, seconds=240):
+    """The last task, once it has ended."""
+    deadline = time.monotonic() + seconds
+    while queue.tasks()[-1].status in ("SUBMITTED", "RUNNING"):
+        assert time.monotonic() < deadline, queue.tasks()
+        time.sleep(0.02)
+    return queue.tasks()[-1]
+
+
+def epochs_of(store, run):
+    """Epochs that a training has finished, as its status tells."""
+    try:
+        return json.loads((store.private / "runs" / run / "status.json").read_text())["epoch"]
+    except (OSError, ValueError):
+        return 0
+
+
+def alive(folder):
+    """Processes that train in a folder."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(folder) in (process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
 
 
 @pytest.fixture
-def task(store, tmp_path):
-    detector(0).save(tmp_path / "start.safetensors")
-    served = ServedDetector(store.private / "model.safetensors", tmp_path / "start.safetensors")
-    return EncoderTask("stage I", served, store.private, {"epochs": "7"})
+def task(tmp_path):
+    return StageTask("encoder", tmp_path, {"epochs": "7"})
 
 
 def test_settings_are_the_papers_unless_the_server_or_the_request_say_otherwise(task):
@@ -66,54 +124,98 @@ def test_settings_that_cannot_be_used_are_named(task, said):
         task.settings(said)
 
 
-def test_a_training_that_was_stopped_goes_on_in_its_folder_and_a_finished_one_begins_anew(task, store, monkeypatch):
-    folders = []
-
-    def train(studies, settings, folder):
-        folders.append(folder)
-        state = "finished" if len(folders) == 2 else "stopped"
-        (folder / "status.json").write_text(json.dumps({"state": state, "text": ""}))
-        return detector(1)
-
-    monkeypatch.setattr(task, "train", train)
-    for epochs in (3, 3, 3, 4):
-        task({"epochs": epochs}, store)
-    stopped, continued, anew, other = folders
-    assert stopped == continued
-    assert len({continued, anew, other}) == 3
-    store.update_image_info("one", {"pe_label": "negative"})
-    task({"epochs": 4}, store)
-    assert folders[-1] != other, "another label makes another training"
-    assert len(list((store.private / "runs").iterdir())) == lib.train.KEPT_RUNS
-
-
-def test_a_training_that_cannot_begin_tells_clients_why(task, store):
-    with pytest.raises(InputError) as refused:
-        task({**vars(SLABS), "width": 8, "epochs": 2, "hu_window": None}, store)
-    assert task.stats()["state"] == "failed"
-    assert task.stats()["text"] == str(refused.value)
+def test_a_training_publishes_its_model_another_waits_and_a_third_is_sent_away(studied, server):
+    queue = server()
+    first = queue.submit("encoder", {**SETTINGS, "epochs": 2}, "ann", enqueue=False)
+    with pytest.raises(Busy, match="running"):
+        queue.submit("encoder", SETTINGS, "ann", enqueue=False)
+    second = queue.submit("classifier", {"epochs": 1, "batch": 4, "synthetic": True}, "bob", enqueue=True)
+    assert [task.status for task in queue.tasks()][1] == "SUBMITTED"
+    for _ in range(lib.train.WAITING_TASKS - 1):
+        queue.submit("nothing", {}, "", enqueue=True)
+    with pytest.raises(Busy, match="waiting"):
+        queue.submit("encoder", SETTINGS, "ann", enqueue=True)
+    ended(queue)
+    tasks = {task.id: task for task in queue.tasks()}
+    assert (tasks[first.id].status, tasks[second.id].status) == ("DONE", "DONE"), tasks
+    assert all(task.status == "ERROR" for task in queue.tasks()[2:])
+    assert tasks[second.id].reader == "bob"
+    assert any("is published" in line for line in tasks[second.id].details)
+    models = Models(studied.private / "models")
+    published = [entry.model for entry in models.kept()]
+    assert len(published) == 3, "the start, the encoder's and the classifier's"
+    assert models.current().card.trained
+    again = server()
+    assert [(task.id, task.status) for task in again.tasks()] == [(task.id, task.status) for task in queue.tasks()]
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_new_encoder_is_served_at_once_only_while_nothing_better_is(store, tmp_path, monkeypatch, trained):
-    detector(0, trained).save(tmp_path / "start.safetensors")
-    served = ServedDetector(store.private / "model.safetensors", tmp_path / "start.safetensors")
-    before = served.current().sha256
-    new = detector(5)
-    monkeypatch.setattr(lib.train, "train_encoder", lambda studies, out, **_: new.save(out) or new)
-    task = EncoderTask("stage I", served, store.private, {})
-    task({"epochs": 1}, store)
-    assert served.current().sha256 == (before if trained else new.sha256)
-    classifier = ClassifierTask("stage II", served, store.private, {})
-    assert Detector.load(classifier.starts_from()).sha256 == new.sha256
+def test_a_training_whose_server_is_killed_stops_at_its_next_step_and_the_same_request_goes_on(studied, server):
+    asked = {**SETTINGS, "epochs": 6, "seed": 1}
+    pid = os.fork()
+    if pid == 0:  # a server
+        try:
+            server().submit("encoder", asked, "ann", enqueue=False)
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    runs = studied.private / "runs"
+    deadline = time.monotonic() + 240
+    run = None
+    while run is None or epochs_of(studied, run) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        if (runs / "tasks.json").is_file():
+            last = json.loads((runs / "tasks.json").read_text())[-1]
+            run = last["run"] if last["status"] == "RUNNING" and last["run"] else None
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    while alive(runs / run):
+        assert time.monotonic() < deadline, "the training outlives its server"
+        time.sleep(0.02)
+    assert 1 <= epochs_of(studied, run) < 6, "it was to be interrupted"
+
+    queue = server()
+    assert queue.tasks()[-1].status == "INTERRUPTED"
+    assert json.loads((runs / run / "status.json").read_text())["state"] in ("stopped", "interrupted")
+    queue.submit("encoder", asked, "ann", enqueue=False)
+    done = ended(queue)
+    assert (done.status, done.run) == ("DONE", run)
+    log = (runs / run / "log.txt").read_text()
+    assert [log.count(f"epoch {epoch} of 6:") for epoch in range(1, 7)] == [1] * 6, "no epoch is trained twice"
+    queue.submit("encoder", {**asked, "epochs": 1}, "ann", enqueue=False)
+    assert ended(queue).run != run, "other settings make another training"
+    assert len(list(runs.glob("encoder-*"))) <= lib.train.KEPT_RUNS
 
 
-def test_a_training_ends_with_its_server(monkeypatch):
-    monkeypatch.setenv(SERVER_PID, str(os.getppid()))
-    lib.train._while_the_server_lives(PROGRESS)
-    monkeypatch.setenv(SERVER_PID, "999999999")
-    with pytest.raises(Cancelled):
-        lib.train._while_the_server_lives(PROGRESS)
+def test_a_training_that_is_stopped_says_so_and_one_that_cannot_begin_says_why(studied, server):
+    queue = server()
+    queue.submit("encoder", {**SETTINGS, "epochs": 500, "seed": 2}, "ann", enqueue=False)
+    deadline = time.monotonic() + 240
+    while not (queue.tasks()[-1].run and epochs_of(studied, queue.tasks()[-1].run)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    stopped = queue.stop()
+    assert stopped.status == "STOPPED"
+    while alive(studied.private / "runs" / stopped.run):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert queue.tasks()[-1].status == "STOPPED"
+    assert queue.stop() is None
+    queue.submit("encoder", {**SETTINGS, "validation_fraction": 0.999, "hu_low": 5, "epochs": 1}, "ann", enqueue=False)
+    failed = ended(queue)
+    assert failed.status == "ERROR"
+    status = json.loads((studied.private / "runs" / failed.run / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["text"]
+    assert failed.details
+
+
+def test_a_damaged_history_of_tasks_is_set_aside(studied, server):
+    path = studied.private / "runs" / "tasks.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('[{"id": ')
+    assert server().tasks() == []
+    assert [file.read_text() for file in path.parent.glob("tasks.json.damaged-*")] == ['[{"id": ']
 
 
 def test_a_lease_ends_by_itself_and_outlives_a_restart(tmp_path):

@@ -37,6 +37,8 @@ _WRITE = Rule(Role.ANNOTATOR, "wrote")
 _UPLOAD = Rule(Role.ANNOTATOR, "wrote", upload=True)
 _HOLD = Rule(Role.ANNOTATOR, "held")
 _REMOVE = Rule(Role.ADMIN, "removed")
+_RESTORE = Rule(Role.ADMIN, "restored")
+_CHOOSE = Rule(Role.ADMIN, "chose a model")
 _TRAIN = Rule(Role.ADMIN, "trained")
 _STOP = Rule(Role.ADMIN, "stopped")
 UNDECIDED = Rule(Role.ADMIN, "did")
@@ -52,6 +54,14 @@ RULES: dict[str, Rule] = {
     "GET /info/": _LOOK,
     "GET /pe/worklist": _LOOK,
     "GET /pe/studies/{study}": _READ,
+    "GET /pe/studies/{study}/history": _READ,
+    "GET /pe/studies/{study}/history/{revision}": _READ,
+    "GET /pe/studies/{study}/history/{revision}/label": _READ,
+    "POST /pe/studies/{study}/history/{revision}/restore": _RESTORE,
+    "GET /pe/models": _LOOK,
+    "POST /pe/models/{model}/pin": _CHOOSE,
+    "DELETE /pe/models/pin": _CHOOSE,
+    "POST /pe/models/rollback": _CHOOSE,
     "POST /pe/studies/{study}/lease": _HOLD,
     "DELETE /pe/studies/{study}/lease": _HOLD,
     "POST /activelearning/{strategy}": _HOLD,
