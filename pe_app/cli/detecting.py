@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from pe_app.cli.options import EXIT_REFUSED, Model, progress_bars
+from pe_app.cli.options import EXIT_REFUSED, ArchiveUser, CaFile, Model, PasswordFile, archive_access, progress_bars
+from pe_app.cli.results import Dicom, Send, dicom_publisher
 from pe_app.errors import InputError, UnfitStudy
 
 if TYPE_CHECKING:
-    from pe_app.batch import BatchStudy, Found
+    from pe_app.batch import BatchStudy, Finished, Found
     from pe_app.detector import Detector
     from pe_app.worklist import Outcome
 
@@ -36,11 +37,16 @@ def detect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the detection as JSON; of many, a line each.")] = False,
     series: Annotated[str | None, typer.Option(help="Series Instance UID, where the folder holds several.")] = None,
     full_resolution: Annotated[bool, typer.Option(help="Also write the attention on the CT's grid.")] = False,
+    dicom: Dicom = False,
+    send: Send = "",
+    user: ArchiveUser = "",
+    password_file: PasswordFile = None,
+    ca: CaFile = None,
 ) -> None:  # fmt: skip
     """Probability of embolism, with the evidence and where to look; of many studies as a worklist.
 
-    Exit code 0: analysed, every one. 3: refused, at least one. 4, of many only: at least one could not be read,
-    analysed or published. 2: nothing was done, the message says why.
+    Exit code 0: analysed, every one. 3: refused, at least one. 4: at least one of many could not be read or analysed,
+    or one was not published as DICOM. 2: nothing was done, the message says why.
     """
     from pe_app.batch import find_studies
     from pe_app.detector import Detector, default_model
@@ -48,17 +54,28 @@ def detect(
     found = find_studies(studies)
     if series and not found.single:
         raise InputError("--series chooses a series of one study: give that study alone")
+    publish = dicom_publisher(dicom, archive_access(send, user, password_file, ca) if send else None)
     chosen = model or default_model()
     detector = Detector.load(chosen) if chosen else Detector.untrained()
     if found.single:
-        _one(found.studies[0], detector, out, series, as_json=as_json, full_resolution=full_resolution)
+        _one(found.studies[0], detector, out, series, publish, as_json=as_json, full_resolution=full_resolution)
     else:
-        _many(found, detector, out or Path("detections"), as_json=as_json, full_resolution=full_resolution)
+        published_as = f"dicom {send}" if publish else ""
+        folder = out or Path("detections")
+        _many(found, detector, folder, publish, published_as, as_json=as_json, full_resolution=full_resolution)
 
 
 def _one(
-    study: BatchStudy, detector: Detector, out: Path | None, series: str | None, *, as_json: bool, full_resolution: bool
+    study: BatchStudy,
+    detector: Detector,
+    out: Path | None,
+    series: str | None,
+    publish: Callable[[Finished], None] | None,
+    *,
+    as_json: bool,
+    full_resolution: bool,
 ) -> None:
+    from pe_app.batch import Finished
     from pe_app.detector import DetectionResult
     from pe_app.result_files import verdict, write_result
     from pe_app.volume_io import read_volume
@@ -87,11 +104,28 @@ def _one(
                 f"slab probability {candidate.slab_probability:.2f}"
             )
         typer.echo(f"Written to {folder}. Research use only, not for diagnosis.")
+    if publish:
+        try:
+            if volume is None:
+                raise InputError("there are no DICOM objects: its series cannot be read as a CT")
+            publish(Finished(study, folder, volume, result))
+        except InputError as error:
+            typer.echo(f"pe-app: not published: {error}", err=True)
+            raise typer.Exit(EXIT_INCOMPLETE) from None
     if detection.status == "refused":
         raise typer.Exit(EXIT_REFUSED)
 
 
-def _many(found: Found, detector: Detector, out: Path, *, as_json: bool, full_resolution: bool) -> None:
+def _many(
+    found: Found,
+    detector: Detector,
+    out: Path,
+    publish: Callable[[Finished], None] | None,
+    published_as: str,
+    *,
+    as_json: bool,
+    full_resolution: bool,
+) -> None:
     from pe_app.batch import PAGE, run_batch
     from pe_app.worklist import Share
 
@@ -108,6 +142,8 @@ def _many(found: Found, detector: Detector, out: Path, *, as_json: bool, full_re
                 out,
                 total=len(found.studies),
                 full_resolution=full_resolution,
+                publish=publish,
+                published_as=published_as,
                 progress=progress,
             )
             for outcome in stack.enter_context(closing(batch)):

@@ -12,28 +12,30 @@ from pe_app.cli.options import ArchiveUser, CaFile, Model, PasswordFile, archive
 from pe_app.errors import InputError
 
 if TYPE_CHECKING:
-    from pe_app.detector import DetectionResult
+    from pe_app.batch import Finished
     from pe_app.dicomweb import Access
-    from pe_app.volume import Volume
 
+Dicom = Annotated[bool, typer.Option("--dicom", help="Also write DICOM objects, for a PACS, into the folder dicom.")]
 Send = Annotated[str, typer.Option("--send", metavar="URL", help="Send the objects to this DICOMweb archive, too; what "
                                    "it holds already is not sent again.")]  # fmt: skip
 
 
-def dicom_writer(access: Access | None) -> Callable[[DetectionResult, Volume, Path], None]:
+def dicom_publisher(dicom: bool, access: Access | None) -> Callable[[Finished], None] | None:
     """What ``detect`` does with a study whose files are written: DICOM objects into FOLDER/dicom, and to an archive."""
+    if not dicom and access is None:
+        return None
     from pe_app.dicom_results import write_dicom_results
     from pe_app.dicom_results.sending import send
     from pe_app.dicomweb import Archive
 
     archive = Archive(access) if access else None
 
-    def write(result: DetectionResult, volume: Volume, folder: Path) -> None:
-        files = write_dicom_results(result, volume, folder / "dicom")
+    def publish(finished: Finished) -> None:
+        files = write_dicom_results(finished.result, finished.volume, finished.folder / "dicom")
         if archive is not None:
             send(archive, files)
 
-    return write
+    return publish
 
 
 def import_seg(

@@ -33,9 +33,9 @@ NO_FINDING = {"untrained_model": "UNTRAINED MODEL, NO FINDING", "demo_model": "D
 """Reasons of a model whose numbers are no finding, and how every object of it is headed."""
 
 _NAMESPACE = uuid.UUID("5bb0a5b2-3f0e-5f0c-9d8a-0f5d3c0f6c11")
-_TYPE_2 = (
+_TYPE_2 = (  # what may be empty, but highdicom wants to be there
     "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
-    "ReferringPhysicianName",
+    "ReferringPhysicianName", "SliceThickness",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class Equipment(TypedDict):
 
     manufacturer: str
     manufacturer_model_name: str
-    software_versions: tuple[str, ...]
+    software_versions: list[str]
     device_serial_number: str
 
 
@@ -76,7 +76,7 @@ class Origin:
         for image in images:
             for keyword in _TYPE_2:
                 if keyword not in image:
-                    setattr(image, keyword, "")
+                    setattr(image, keyword, None)
         return images
 
     def reference(self, slice_index: int) -> tuple[str, str, int | None]:
@@ -150,7 +150,7 @@ def describe(dataset: Dataset, detection: Detection | None, what: str) -> None:
 
 def equipment(model: ModelIdentity | None) -> Equipment:
     """Who made an object: this program and its model, whose SHA-256 is the serial number."""
-    versions = (f"pe-app {pe_app.__version__}", *((f"{model.name} {model.version}"[:64],) if model else ()))
+    versions = [f"pe-app {pe_app.__version__}", *([f"{model.name} {model.version}"[:64]] if model else [])]
     return {
         "manufacturer": MANUFACTURER,
         "manufacturer_model_name": "pe-app",

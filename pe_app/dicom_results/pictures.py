@@ -59,7 +59,7 @@ def pictures(result: DetectionResult, origin: Origin, key: str) -> list[SCImage]
             transfer_syntax_uid="1.2.840.10008.1.2.1",
         )
         picture.ManufacturerModelName = own["manufacturer_model_name"]
-        picture.SoftwareVersions = list(own["software_versions"])
+        picture.SoftwareVersions = own["software_versions"]
         picture.DeviceSerialNumber = own["device_serial_number"]
         describe(picture, detection, "PE pictures")
         picture.ImageComments = NOTICE

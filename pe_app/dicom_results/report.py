@@ -90,7 +90,7 @@ def structured_report(
         is_complete=True,
     )
     own = equipment(detection.model)
-    sr.ManufacturerModelName, sr.SoftwareVersions = own["manufacturer_model_name"], list(own["software_versions"])
+    sr.ManufacturerModelName, sr.SoftwareVersions = own["manufacturer_model_name"], own["software_versions"]
     sr.DeviceSerialNumber = own["device_serial_number"]
     refused = detection.probability is None
     describe(sr, detection, "PE report, not analysed" if refused else "PE report")
