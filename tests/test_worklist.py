@@ -22,7 +22,9 @@ CONTRAST = Reason("no_contrast", "the brightest blood has 43 HU", refuses=True)
 
 
 def analysed(study: str, probability: float | None, *reasons: Reason, model: str = "m") -> Outcome:
-    evidence = tuple(Evidence(k, 5.0 * k, 2 * k, float(p), 1.0, None) for k, p in enumerate(np.linspace(0.1, 0.9, 20)))
+    evidence = tuple(
+        Evidence(k, 5.0 * k, 2 * k, float(p), 1.0, None) for k, p in enumerate(np.linspace(0.1, 0.9, 20).round(4))
+    )
     candidate = Candidate(
         1, 95.0, 38, (0.0, 0.0, 95.0), (22.0, 11.0, 5.0), 1.0, 0.9, 22.0, (36, 38), 2.5, "left", "peripheral"
     )
