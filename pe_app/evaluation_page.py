@@ -202,7 +202,7 @@ def draw_curves(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def web_page(warnings: Sequence[str], sections: Sequence[Section], footer: str) -> str:
+def web_page(warnings: Sequence[str], sections: Sequence[Section], footer: str, title: str = "Evaluation") -> str:
     """A self-contained HTML page: no script, nothing loaded from elsewhere, every text escaped."""
     body = "".join(f"<p class=notice>{html.escape(warning)}</p>" for warning in warnings)
     for section in sections:
@@ -213,7 +213,7 @@ def web_page(warnings: Sequence[str], sections: Sequence[Section], footer: str) 
         if section.figure:
             picture = base64.b64encode(_png(section.figure)).decode()
             body += f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{picture}">'
-    return _PAGE.format(body=body, footer=html.escape(footer))
+    return _PAGE.format(title=html.escape(title), body=body, footer=html.escape(footer))
 
 
 def _studies(evaluation: Evaluation) -> Section:
@@ -635,7 +635,7 @@ def _text_table(table: Table) -> list[tuple[str, str]]:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Evaluation</title><style>
+<title>{title}</title><style>
 body {{ background: #14181d; color: #e8ecf0; font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1500px;
   padding: 1rem 1.5rem 3rem; }}
 .notice {{ background: #5c1f1a; color: #fff; font-weight: 600; padding: .5rem 1rem; border-radius: 6px;
@@ -647,7 +647,7 @@ p {{ margin: .3rem 0; max-width: 75rem; }} img {{ width: 100%; border-radius: 6p
 th, td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #2b333c; }}
 th {{ color: #8d99a6; }} td:last-child {{ overflow-wrap: break-word; }} .muted {{ color: #8d99a6; }}
 </style></head><body>
-<h1>Evaluation</h1>
+<h1>{title}</h1>
 {body}
 <p class="muted">{footer}</p>
 </body></html>

@@ -169,13 +169,13 @@ def train_encoder(
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     usable = [study for study in split(studies, settings) if _for_encoder(study) and study.split in SIDES]
-    with TrainingRun(_run_folder(out, run_dir), "train encoder", settings.epochs, progress) as run:
+    with TrainingRun(run_folder(out, run_dir), "train encoder", settings.epochs, progress) as run:
         sources = read_sources(usable, progress=run.report)
         optimiser = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
         pretrained = hashlib.sha256(imagenet.read_bytes()).hexdigest() if imagenet else "none"
         former_weights = hashlib.sha256(start_from.read_bytes()).hexdigest() if start_from else "none"
         more = {"imagenet": pretrained, "start_from": former_weights, "synthetic": str(synthetic)}
-        identity = training_identity(settings, _shapes(start), sources, more)
+        identity = training_identity(settings, network_shapes(start), sources, more)
         run.resume(identity, encoder, optimiser)
         if not run.state.published:
             kept = slabs_dir or run.folder / "slabs"
@@ -198,7 +198,7 @@ def train_encoder(
         record = TrainingRecord.from_json(json.loads(run.state.published))
         encoder.load_state_dict(dict(run.state.best_weights))
         card = ModelCard(out.stem, record.date[:10], encoder=record)
-        return _published(Detector(encoder, start.classifier, start.slabs, card), device, out)
+        return published(Detector(encoder, start.classifier, start.slabs, card), device, out)
 
 
 def train_classifier(
@@ -246,11 +246,11 @@ def train_classifier(
 
     usable = [study for study in split(studies, settings) if study.label in LABELS and study.split in SIDES]
     check_labels(usable)
-    with TrainingRun(_run_folder(out, run_dir), "train classifier", settings.epochs, progress) as run:
+    with TrainingRun(run_folder(out, run_dir), "train classifier", settings.epochs, progress) as run:
         sources = read_sources(usable, annotations=False, progress=run.report)
         optimiser = torch.optim.Adam(classifier.parameters(), lr=settings.learning_rate)
         more = {"encoder": encoder_key(base), "synthetic": str(synthetic)}
-        identity = training_identity(settings, _shapes(start), sources, more)
+        identity = training_identity(settings, network_shapes(start), sources, more)
         run.resume(identity, classifier, optimiser)
         if not run.state.published:
             files = encode_sources(base.to(device), sources, cache_dir or run.folder / "features", run.report)
@@ -269,7 +269,7 @@ def train_classifier(
         record = TrainingRecord.from_json(json.loads(run.state.published))
         classifier.load_state_dict(dict(run.state.best_weights))
         card = ModelCard(out.stem, record.date[:10], encoder=base.card.encoder, classifier=record)
-        return _published(Detector(base.encoder, classifier, base.slabs, card), device, out)
+        return published(Detector(base.encoder, classifier, base.slabs, card), device, out)
 
 
 def split(studies: Sequence[Study], settings: EncoderTraining | ClassifierTraining) -> tuple[Study, ...]:
@@ -356,7 +356,8 @@ def _for_encoder(study: Study) -> bool:
     return study.annotation is not None or study.label == "negative"
 
 
-def _run_folder(out: Path, run_dir: Path | None) -> Path:
+def run_folder(out: Path, run_dir: Path | None) -> Path:
+    """Where a training lives: beside its result, if nothing else is said."""
     if out.is_dir():  # better said now than after the training
         raise InputError(f"{out}: is a folder: name the file that the model is to be published to")
     return run_dir or out.with_suffix(".run")
@@ -414,7 +415,8 @@ def training_identity(
     }
 
 
-def _shapes(detector: Detector) -> dict[str, Mapping[str, object]]:
+def network_shapes(detector: Detector) -> dict[str, Mapping[str, object]]:
+    """The settings that rebuild a detector's networks, by name."""
     return {
         "slabs": asdict(detector.slabs),
         "encoder shape": asdict(detector.encoder.config),
@@ -456,7 +458,7 @@ def training_record(
     return json.dumps(asdict(record))
 
 
-def _published(detector: Detector, device: torch.device, out: Path) -> Detector:
+def published(detector: Detector, device: torch.device, out: Path) -> Detector:
     """The detector, in its file: written unless the file holds it already."""
     with suppress(InputError):
         there = Detector.load(out)
