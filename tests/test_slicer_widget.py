@@ -236,6 +236,27 @@ def test_the_worklist_is_filtered_sorted_and_says_who_reads_a_study(desk):
     assert cells(0) == []
 
 
+def test_the_worklist_says_why_a_study_was_not_analysed_and_that_a_demo_models_number_is_no_finding(desk):
+    desk.server.studies["study-1"]["row"].update(usable=False, reason="no contrast: 43 HU")
+    desk.server.studies["study-2"]["row"].update(probability=0.97, model="starter 1", reasons=["demo_model"])
+    desk.connect()
+    table = desk.ui.worklistTable
+    desk.panel.worklist.sort(3)
+    cells = [[table.item(row, column).text() for column in (0, 3, 4)] for row in range(table.rowCount)]
+    assert cells[0] == ["study-2", "0.97", "no finding: model starter 1 has seen no real embolism"]
+    assert cells[1] == ["study-1", "", "no contrast: 43 HU"]
+
+
+def test_a_candidate_says_where_it_is_and_an_older_server_may_be_silent(desk):
+    first = desk.server.studies["study-1"]["detects"]["candidates"][0]
+    first.update(side="left", level="central", size_mm=48.0)
+    desk.connect()
+    desk.open("study-1")
+    detect(desk)
+    table = desk.ui.candidatesTable
+    assert [table.item(row, 3).text() for row in range(2)] == ["left, central, 48 mm", ""]
+
+
 def test_a_study_that_another_reader_holds_is_opened_only_when_the_reader_insists(desk):
     desk.server.studies["study-2"]["row"]["held_by"] = "Bo"
     desk.connect()

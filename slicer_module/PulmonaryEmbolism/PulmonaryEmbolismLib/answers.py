@@ -64,6 +64,12 @@ class Row:
     revision: Optional[str] = None
     usable: bool = True
     reason: str = ""
+    reasons: Tuple[str, ...] = ()
+
+    @property
+    def no_finding(self) -> bool:
+        """Whether the model that spoke has never seen a real embolism: its probability says nothing."""
+        return any(code in self.reasons for code in ("untrained_model", "demo_model"))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
@@ -79,6 +85,7 @@ class Row:
             revision=data.get("revision"),
             usable=bool(data.get("usable", True)),
             reason=as_text(data.get("reason")),
+            reasons=tuple(as_text(code) for code in data.get("reasons") or ()),
         )
 
 
@@ -115,11 +122,20 @@ class Candidate:
     extent_mm: Tuple[float, float, float]
     peak: float
     slab_probability: Optional[float]
+    side: str = ""
+    level: str = ""
+    size_mm: Optional[float] = None
+
+    @property
+    def place(self) -> str:
+        """Side, level and size in words; empty where an older server does not say."""
+        size = "" if self.size_mm is None else f"{self.size_mm:.0f} mm"
+        return ", ".join(word for word in (self.side, self.level, size) if word)
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What the model says of a study (schema pe-detection/1)."""
+    """What the model says of a study (schema pe-detection/1 or 2)."""
 
     status: str
     reasons: Tuple[str, ...]
@@ -150,6 +166,9 @@ class Detection:
                 _triple(c.get("extent_mm")),
                 float(as_number(c.get("peak")) or 0.0),
                 as_number(c.get("slab_probability")),
+                as_text(c.get("side")),
+                as_text(c.get("level")),
+                as_number(c.get("size_mm")),
             )
             for i, c in enumerate(data.get("candidates") or ())
             if as_number(c.get("slice_index")) is not None

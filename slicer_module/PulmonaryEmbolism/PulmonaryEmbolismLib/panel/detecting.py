@@ -23,7 +23,7 @@ class Detecting:
         self.curve = plots.EvidenceCurve()
         self.curve.jump = panel.annotate.jump
         ui.curveFrame.layout().addWidget(self.curve)
-        forms.set_up(ui.candidatesTable, 5)
+        forms.set_up(ui.candidatesTable, 3)
         forms.on_click(
             [
                 (ui.detectButton, self.detect),
@@ -126,11 +126,11 @@ class Detecting:
         candidates = self.detection.candidates if self.detection else ()
         table, chosen = self.ui.candidatesTable, self.ui.candidatesTable.currentRow()
         words = [
-            [str(c.rank), str(c.slice_index + 1), f"{c.z_mm:.0f}", f"{c.peak:.2f}",
+            [str(c.rank), str(c.slice_index + 1), f"{c.z_mm:.0f}", c.place,
              "" if c.slab_probability is None else f"{c.slab_probability:.2f}", self._decision(c)]
             for c in candidates
         ]  # fmt: skip
-        forms.fill(table, words, right=(0, 1, 2, 3, 4))
+        forms.fill(table, words, right=(0, 1, 2, 4))
         if 0 <= chosen < len(words):
             table.selectRow(chosen)
         self.curve.show_evidence(self.detection.evidence if self.detection else (), candidates, self._decision)
