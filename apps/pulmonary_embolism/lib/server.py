@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -40,6 +40,7 @@ from monailabel.endpoints import batch_infer, datastore, train
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks import utils as tasks
+from starlette.exceptions import HTTPException
 
 import pe_app
 from pe_app.errors import InputError, TooLarge
