@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,8 +67,11 @@ class Orthanc:
         return answer
 
     def add(self, files: Sequence[Path]) -> None:
-        for file in files:
-            self.rest("POST", "/instances", data=file.read_bytes())
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for number, file in enumerate(files):
+                archive.write(file, str(number))
+        self.rest("POST", "/instances", data=content.getvalue())
 
     def instances(self) -> dict[str, bytes]:
         """SOP Instance UID and file of all that the archive holds."""
@@ -80,6 +85,13 @@ class Orthanc:
         for study in self.rest("GET", "/studies?expand").json():
             if study["MainDicomTags"]["StudyInstanceUID"] == uid:
                 self.rest("DELETE", f"/studies/{study['ID']}")
+
+    def empty(self) -> None:
+        """Running and empty, as at first."""
+        if self.process.poll() is not None:
+            self.start()
+        for study in self.rest("GET", "/studies").json():
+            self.rest("DELETE", f"/studies/{study}")
 
     def stop(self) -> None:
         self.process.terminate()
