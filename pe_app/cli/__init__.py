@@ -15,7 +15,7 @@ import typer
 import pe_app
 from pe_app.allocation import keep_freed_memory
 from pe_app.cli.bench import bench
-from pe_app.cli.cohort import evaluate, label_reports, phantom
+from pe_app.cli.cohort import compare, evaluate, label_reports, phantom
 from pe_app.cli.detecting import detect
 from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
@@ -32,7 +32,7 @@ from pe_app.cli.store import (
     unpin_model,
 )
 from pe_app.cli.tokens import add, list_, revoke
-from pe_app.cli.train import classifier, encoder
+from pe_app.cli.train import classifier, encoder, end_to_end
 from pe_app.errors import InputError
 
 app = typer.Typer(
@@ -50,11 +50,13 @@ train_app = typer.Typer(no_args_is_help=True, help="Train stage I (encoder) or s
 app.command()(detect)
 train_app.command()(encoder)
 train_app.command()(classifier)
+train_app.command()(end_to_end)
 app.add_typer(train_app, name="train")
 app.command("import")(import_)
 app.command()(phantom)
 app.command()(label_reports)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(serve)
 labels_app.command("list")(list_labels)
 labels_app.command("show")(show_label)

@@ -1,7 +1,8 @@
-"""Verbs for many studies at once: phantom, label-reports, evaluate."""
+"""Verbs for many studies at once: phantom, label-reports, evaluate, compare."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +13,36 @@ from pe_app.errors import InputError
 
 
 def phantom(
-    studies: Annotated[int, typer.Option(min=1, help="How many; every other one has emboli.")],
     out: Annotated[Path, typer.Option(help="Folder for volumes, masks, annotations and studies.csv.")],
+    studies: Annotated[int | None, typer.Option(min=1, help="How many; every other one has emboli. [default: 300 with "
+                                                "--benchmark]")] = None,
+    benchmark: Annotated[bool, typer.Option("--benchmark", help="Twins with and without emboli, in which something "
+                                            "irrelevant goes with the label in the training studies only.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same studies.")] = 0,
-    matrix: Annotated[int, typer.Option(min=64, help="Rows and columns; 512 as scanners do, 128 for trials.")] = 512,
+    matrix: Annotated[int | None, typer.Option(min=64, help="Rows and columns; 512 as scanners do, 128 for trials. "
+                                               "[default: 512, 256 with --benchmark]")] = None,
+    spacing_mm: Annotated[float | None, typer.Option(min=0.3, max=10, help="Between slices. [default: drawn as "
+                                                     "hospitals do; 2.5 with --benchmark below 512]")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core]")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Simulated enhanced chest CT with emboli of known place, annotated as a reader would, and their study list."""
     import os
 
     from pe_app.phantom import PhantomConfig, write_phantom_studies
+    from pe_app.phantom.benchmark import BenchmarkConfig, write_benchmark
 
+    processes = workers or os.cpu_count() or 1
+    if not benchmark and studies is None:
+        raise InputError("how many studies? Say --studies 8, or --benchmark for the benchmark")
     with progress_bars() as progress:
-        study_list = write_phantom_studies(
-            out, studies, seed, PhantomConfig(matrix=matrix), progress, workers or os.cpu_count() or 1
-        )
+        if benchmark:
+            matrix = matrix or 256
+            spacing = spacing_mm or (2.5 if matrix < 512 else None)
+            config = BenchmarkConfig((studies or 300) // 2, matrix=matrix, spacing_mm=spacing)
+            study_list = write_benchmark(out, config, seed, progress, processes)
+        else:
+            made = PhantomConfig(matrix=matrix or 512, spacing_mm=spacing_mm)
+            study_list = write_phantom_studies(out, studies or 0, seed, made, progress, processes)
     typer.echo(f"Study list: {study_list}. Volumes to serve: {out / 'volumes'}")
 
 
@@ -78,4 +94,50 @@ def evaluate(
         evaluation = judge(read_studies(studies), models, out, masks, settings, progress)
         write_evaluation(evaluation, out, masks, progress)
     typer.echo("\n".join(summary(evaluation)))
+    typer.echo(f"Open {out / 'index.html'}. Research use only, not for diagnosis.")
+
+
+class Size(StrEnum):
+    """How large the networks of a comparison are."""
+
+    FULL = "full"
+    SMALL = "small"
+
+
+def compare(
+    studies: StudyList,
+    out: Annotated[Path, typer.Option(help="Folder for models, comparison.csv, comparison.png and index.html.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of every system.")] = 3,
+    systems: Annotated[str, typer.Option(help="Names with commas between; scenario3 is always among them. "
+                                         "[default: all]")] = "",
+    size: Annotated[Size, typer.Option(help="The paper's, or small ones for two processor cores.")] = Size.FULL,
+    encoder_epochs: Annotated[int | None, typer.Option(min=1, help="Of stage I. [default: 100, small 20]")] = None,
+    classifier_epochs: Annotated[int | None, typer.Option(min=1, help="Of stage II. [default: 50, small 15]")] = None,
+    matrix: Annotated[int, typer.Option(min=32, help="Small size: rows and columns of a slice.")] = 256,
+    crop: Annotated[int, typer.Option(min=64, help="Small size: centre crop, a multiple of 64.")] = 192,
+    slab_count: Annotated[int, typer.Option(min=2, help="Small size: slabs of a study, an even number.")] = 24,
+    synthetic: Annotated[bool, typer.Option(help="Record that every embolism is simulated or painted.")] = False,
+) -> None:  # fmt: skip
+    """The paper's Table 1 and scenarios on a study list, and options beyond it. Goes on where it was interrupted."""
+    from dataclasses import replace
+
+    from pe_app.comparison.page import summary, write_comparison
+    from pe_app.comparison.run import compare as train_and_ask
+    from pe_app.comparison.systems import Plan, choose_systems, small_plan
+    from pe_app.phantom.benchmark import read_truth_table
+    from pe_app.studies import read_studies
+
+    plan = Plan() if size is Size.FULL else small_plan(matrix, crop, slab_count)
+    if encoder_epochs:
+        plan = replace(plan, encoder=replace(plan.encoder, epochs=encoder_epochs))
+    if classifier_epochs:
+        plan = replace(plan, classifier=replace(plan.classifier, epochs=classifier_epochs))
+    chosen = choose_systems([name.strip() for name in systems.split(",") if name.strip()])
+    masks = studies.parent / "masks"
+    with progress_bars() as progress:
+        outcomes = train_and_ask(
+            read_studies(studies), out, chosen, plan, seeds, masks if masks.is_dir() else None, synthetic, progress
+        )
+    table = write_comparison(outcomes, chosen, out, read_truth_table(studies.parent / "truth.csv"), synthetic)
+    typer.echo("\n".join(summary(table)))
     typer.echo(f"Open {out / 'index.html'}. Research use only, not for diagnosis.")

@@ -1,4 +1,4 @@
-"""Verbs that train: encoder (stage I) and classifier (stage II)."""
+"""Verbs that train: encoder (stage I), classifier (stage II), and both end to end."""
 
 from __future__ import annotations
 
@@ -44,11 +44,31 @@ class Negatives(StrEnum):
     NONE = "none"
 
 
+class NegativeSlices(StrEnum):
+    """Where slabs without embolism come from."""
+
+    MIXED = "mixed"
+    NEGATIVE_STUDIES = "negative_studies"
+    MATCHED = "matched"
+
+
+class Architecture(StrEnum):
+    """Networks for stage I."""
+
+    RESNET18 = "resnet18"
+    DENSENET121 = "densenet121"
+
+
 class LearningRate(StrEnum):
     """How the learning rate goes from epoch to epoch."""
 
     CONSTANT = "constant"
     COSINE = "cosine"
+
+
+Statistics = Annotated[
+    bool, typer.Option("--fresh-statistics", help="Estimate batch normalisation's statistics anew every epoch.")
+]
 
 
 class PrecisionChoice(StrEnum):
@@ -69,16 +89,21 @@ def encoder(
     attention_kind: AttentionKind = AttentionKind.CONTINUOUS_DICE,
     negatives: Negatives = Negatives.SMOOTHED,
     attention_score: Score = Score.DIFFERENCE,
+    negative_slabs: Annotated[NegativeSlices, typer.Option(help="Negative slabs: half of them slices marked none; all "
+                              "from negative studies; or from these at the heights of the positive slabs.")
+                              ] = NegativeSlices.MIXED,
     flip: Annotated[bool, typer.Option(help="Augment: mirror left and right; the paper uses none.")] = False,
     shift_cells: Annotated[int, typer.Option(min=0, help="Augment: move by up to so many cells of 16 pixels.")] = 0,
     jitter_hu: Annotated[float, typer.Option(min=0, help="Augment: add an offset of up to so many HU.")] = 0.0,
     window_cells: Annotated[int, typer.Option(min=0, help="Learn from windows of so many cells of 16 pixels.")] = 0,
     schedule: Annotated[LearningRate, typer.Option(help="Of the learning rate.")] = LearningRate.CONSTANT,
+    fresh_statistics: Statistics = False,
     start_from: Annotated[Path | None, typer.Option(help="Model to go on from; its shapes are used.")] = None,
     slab_spacing: SlabSpacing = SlabSpacing.LUNG,
     matrix: Annotated[int, typer.Option(min=32, help="Rows and columns every slice is resampled to.")] = 512,
     crop: Annotated[int, typer.Option(min=16, help="Centre crop, a multiple of 64.")] = 384,
     slab_count: Annotated[int, typer.Option(min=2, help="Slabs of a study.")] = 50,
+    architecture: Architecture = Architecture.RESNET18,
     width: Annotated[int, typer.Option(min=1, help="Channels after the first convolution.")] = 64,
     filters: Annotated[int, typer.Option(min=1, help="Channels of stage II's states.")] = 96,
     serial: Annotated[bool, typer.Option(help="Stage II's descending direction reads the ascending one.")] = False,
@@ -87,7 +112,7 @@ def encoder(
     precision: PrecisionChoice = PrecisionChoice.AUTO,
     seed: int = 0,
     run_dir: RunDir = None,
-) -> None:
+) -> None:  # fmt: skip
     """Stage I: learn where to look, from the annotated slices of a study list. Goes on where it was interrupted."""
     from pe_app.datasets import Augmentation
     from pe_app.losses import AttentionLoss
@@ -104,13 +129,15 @@ def encoder(
         learning_rate=learning_rate,
         attention_weight=attention_weight,
         attention_loss=AttentionLoss(attention_kind.value, negatives.value),
+        negative_slabs=negative_slabs.value,
         augment=flip or shift_cells > 0 or jitter_hu > 0 or window_cells > 0,
         augmentation=Augmentation(flip, shift_cells, jitter_hu, window_cells),
         schedule=schedule.value,
+        fresh_statistics=fresh_statistics,
         precision=precision.value,
         seed=seed,
     )
-    network = EncoderConfig(slabs.slices_per_slab, width, attention_score.value)
+    network = EncoderConfig(slabs.slices_per_slab, width, attention_score.value, architecture.value)
     directions: Literal["parallel", "serial"] = "serial" if serial else "parallel"
     with progress_bars() as progress:
         train_encoder(
@@ -137,6 +164,7 @@ def classifier(
     batch: Annotated[int, typer.Option(min=1, help="Studies a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
     schedule: Annotated[LearningRate, typer.Option(help="Of the learning rate.")] = LearningRate.CONSTANT,
+    fresh_statistics: Statistics = False,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Features of the studies. [default: in the run folder]")
     ] = None,
@@ -154,6 +182,7 @@ def classifier(
         batch=batch,
         learning_rate=learning_rate,
         schedule=schedule.value,
+        fresh_statistics=fresh_statistics,
         precision=precision.value,
         seed=seed,
     )
@@ -169,3 +198,43 @@ def classifier(
             progress=progress,
         )
     typer.echo(f"Model published to {out}; try it with: pe-app detect STUDY --model {out}")
+
+
+def end_to_end(
+    studies: StudyList,
+    model: Annotated[Path, typer.Option("--model", help="The model that 'train classifier' published.")],
+    out: Out,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the studies.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Studies a step.")] = 2,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-5,
+    gradient_slabs: Annotated[int, typer.Option(min=1, help="Slabs a study that carry the gradient.")] = 10,
+    cache_dir: Annotated[Path | None, typer.Option(help="Slabs of the studies. [default: in the run folder]")] = None,
+    synthetic: Annotated[bool, typer.Option(help="Record that every embolism is simulated or painted.")] = False,
+    precision: PrecisionChoice = PrecisionChoice.AUTO,
+    seed: int = 0,
+    run_dir: RunDir = None,
+) -> None:
+    """Both stages together, after stage II has converged; not in the paper. Goes on where it was interrupted."""
+    from pe_app.fine_tuning import FineTuning, train_end_to_end
+    from pe_app.studies import read_studies
+
+    settings = FineTuning(
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        gradient_slabs=gradient_slabs,
+        precision=precision.value,
+        seed=seed,
+    )
+    with progress_bars() as progress:
+        train_end_to_end(
+            read_studies(studies),
+            model,
+            out,
+            settings=settings,
+            synthetic=synthetic,
+            run_dir=run_dir,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    typer.echo(f"Model published to {out}; hold it against {model} with: pe-app evaluate --model {model} {out} ...")

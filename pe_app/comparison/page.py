@@ -132,6 +132,16 @@ def write_comparison(
     return table
 
 
+def summary(table: Sequence[Row]) -> tuple[str, ...]:
+    """A line a system for the command line."""
+    width = max(len(row.system.title) for row in table)
+    return tuple(
+        f"{row.system.title:{width}}  AUC {row.auc.value:.3f} ({row.auc.low:.3f} to {row.auc.high:.3f})"
+        + (f", to scenario 3 {row.difference.value:+.3f} (p {row.difference.p_value:.2g})" if row.difference else "")
+        for row in table
+    )
+
+
 def comparison_csv(table: Sequence[Row]) -> str:
     """One line a system, numbers as they are; what is not known is empty."""
     text = io.StringIO()
