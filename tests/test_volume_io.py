@@ -2,9 +2,13 @@
 
 import contextlib
 import gzip
+import io
 import logging
 import os
+import pickle
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import nibabel as nib
@@ -13,11 +17,23 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, RLELossless
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    JPEG2000,
+    EnhancedCTImageStorage,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 
-from pe_app.errors import InputError
+from pe_app.errors import InputError, UnfitStudy
 from pe_app.volume import Volume, axial_affine
 from pe_app.volume_io import (
     check_uniform_spacing,
@@ -147,14 +163,179 @@ def test_rle_is_read(write_series):
 
 
 @pytest.mark.parametrize(("compressor", "syntax"), [("JPEG2000", JPEG2000Lossless), ("JPEG", JPEGLosslessSV1)])
-def test_compressed_slices_are_read(write_series, compressor, syntax):
-    """JPEG lossless has no decoder in pydicom alone: GDCM reads it, and rescales by itself."""
+def test_slices_that_gdcm_compressed_are_read(write_series, compressor, syntax):
     stored = stored_pixels(shape=(3, 32, 32))
     folder = write_series(stored)
     for path in folder.iterdir():
         compress_with_gdcm(path, compressor)
         assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
     np.testing.assert_array_equal(read_volume(folder).voxels, stored.astype(np.int16) - 1024)
+
+
+@pytest.mark.parametrize(
+    ("command", "syntax"),
+    [
+        (["dcmcrle"], RLELossless),
+        (["dcmcjpeg", "+el"], JPEGLossless),
+        (["dcmcjpeg", "+e1"], JPEGLosslessSV1),
+        (["dcmcjpls", "+el"], JPEGLSLossless),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value.name,
+)
+@pytest.mark.parametrize("kind", ["unsigned 12 bit", "unsigned 16 bit", "signed 16 bit"])
+def test_slices_that_dcmtk_compressed_without_loss_are_the_same_voxels(write_series, command, syntax, kind):
+    stored, tags = stored_pixels(shape=(2, 24, 20)), {}
+    if kind == "unsigned 12 bit":
+        tags = {"BitsStored": 12, "HighBit": 11}
+    elif kind == "signed 16 bit":
+        stored, tags = stored.astype(np.int16) - 1024, {"RescaleIntercept": 0}
+        stored[:, 0] = -2000
+    folder = write_series(stored, RescaleSlope=1, **tags)
+    plain = read_volume(folder)
+    for path in folder.iterdir():
+        dcmtk(*command, path, path.with_suffix(".out"))
+        path.with_suffix(".out").rename(path)
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
+    compressed = read_volume(folder)
+    np.testing.assert_array_equal(compressed.voxels, plain.voxels)
+    assert compressed.source.facts.lossy == ""
+
+
+def dcmtk(*command: object) -> None:
+    """One of dcmtk's programs: codecs that share nothing with GDCM's and pydicom's."""
+    if shutil.which(str(command[0])) is None:
+        pytest.skip(f"{command[0]} is not installed (Debian package dcmtk)")
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+
+
+def test_near_lossless_slices_are_read_within_their_error_and_marked(write_series):
+    stored = stored_pixels(shape=(2, 24, 20))
+    folder = write_series(stored)
+    for path in folder.iterdir():
+        dcmtk("dcmcjpls", "+en", "+md", "3", path, path.with_suffix(".out"))
+        path.with_suffix(".out").rename(path)
+    volume = read_volume(folder)
+    off = np.abs(volume.voxels - (stored.astype(np.int16) - 1024))
+    assert 0 < off.max() <= 3
+    assert volume.source.facts.lossy.startswith("JPEG-LS near-lossless")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_lossy_jpeg_2000_is_read_and_marked_whether_or_not_the_header_says_so(write_series, marked):
+    """Encoded by Pillow's OpenJPEG at 8:1; the mark of PS3.3 C.7.6.1.1.5 says method and ratio."""
+    smooth = np.add.outer(np.arange(2), np.add.outer(np.linspace(0, 900, 64), np.linspace(0, 300, 64)))
+    stored = (smooth + 200).astype(np.uint16)
+
+    def edit(k, dataset):
+        buffer = io.BytesIO()
+        image = Image.fromarray(stored[k])
+        image.save(buffer, "JPEG2000", irreversible=True, quality_layers=[8], no_jp2=True)
+        dataset.file_meta.TransferSyntaxUID = JPEG2000
+        dataset.PixelData = encapsulate([buffer.getvalue()])
+        dataset["PixelData"].is_undefined_length = True
+        if marked:
+            dataset.LossyImageCompression = "01"
+            dataset.LossyImageCompressionMethod, dataset.LossyImageCompressionRatio = "ISO_15444_1", 8.1
+
+    volume = read_volume(write_series(stored, edit=edit))
+    assert np.abs(volume.voxels - (stored.astype(np.int16) - 1024)).max() < 12
+    assert volume.source.facts.lossy == ("JPEG 2000, 8:1" if marked else "JPEG 2000")
+
+
+def test_loss_is_told_also_after_the_pixels_were_decompressed(write_series):
+    folder = write_series(stored_pixels(), LossyImageCompression="01", LossyImageCompressionRatio=[4, 12])
+    assert read_volume(folder).source.facts.lossy == "an unknown method, 12:1"
+
+
+# DICOM: enhanced multi-frame CT
+
+
+def test_enhanced_ct_that_highdicom_converted_is_the_same_volume(write_series, tmp_path):
+    stored = stored_pixels(shape=(5, 16, 12))
+    folder = write_series(stored, **LEGACY)
+    plain = read_volume(folder)
+    instances = sorted((pydicom.dcmread(path) for path in folder.iterdir()), key=lambda one: one.InstanceNumber)
+    enhanced = LegacyConvertedEnhancedCTImage(instances, generate_uid(), 1, generate_uid(), 1)
+    (tmp_path / "enhanced").mkdir()
+    enhanced.save_as(tmp_path / "enhanced" / "one", enforce_file_format=True)
+    volume = read_volume(tmp_path / "enhanced")
+    np.testing.assert_array_equal(volume.voxels, plain.voxels)
+    np.testing.assert_allclose(volume.affine, plain.affine)
+    assert {instance.sop_instance_uid for instance in volume.source.instances} == {enhanced.SOPInstanceUID}
+    for k, instance in enumerate(volume.source.instances):
+        group = enhanced.PerFrameFunctionalGroupsSequence[instance.frame - 1]
+        assert tuple(group.PlanePositionSequence[0].ImagePositionPatient) == instance.position_mm
+        assert instance.position_mm[2] == pytest.approx(plain.slice_z_mm[k])
+
+
+LEGACY = {
+    "PatientName": "A^B", "PatientID": "1", "PatientBirthDate": "", "PatientSex": "", "StudyDate": "20250101",
+    "StudyTime": "120000", "StudyID": "1", "AccessionNumber": "", "ReferringPhysicianName": "",
+    "FrameOfReferenceUID": "1.2.9", "SeriesDate": "20250101", "SeriesTime": "120000", "ContentDate": "20250101",
+    "ContentTime": "120000", "AcquisitionDate": "20250101", "AcquisitionTime": "120000", "Manufacturer": "M",
+    "ManufacturerModelName": "M", "DeviceSerialNumber": "1", "SoftwareVersions": "1", "SliceThickness": 2.5,
+    "BodyPartExamined": "CHEST", "PositionReferenceIndicator": "", "PatientPosition": "HFS", "Laterality": "",
+    "AcquisitionNumber": 1,
+}  # fmt: skip
+
+
+def enhanced_dataset(write_series, stored: np.ndarray, order: list[int]) -> pydicom.Dataset:
+    """Frames in any ``order``, each with a rescale of its own, as PS3.3 A.38.1 lays them out."""
+    dataset = pydicom.dcmread(next(write_series(stored[:1]).iterdir()))
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope"):
+        delattr(dataset, keyword)
+    del dataset.RescaleIntercept
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    dataset.NumberOfFrames = len(order)
+    shared = pydicom.Dataset()
+    shared.PixelMeasuresSequence = [pydicom.Dataset()]
+    shared.PixelMeasuresSequence[0].PixelSpacing = [0.8, 0.7]
+    shared.PixelMeasuresSequence[0].SliceThickness = 3
+    shared.PlaneOrientationSequence = [pydicom.Dataset()]
+    shared.PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    dataset.PerFrameFunctionalGroupsSequence = []
+    for k in order:
+        group = pydicom.Dataset()
+        group.PlanePositionSequence = [pydicom.Dataset()]
+        group.PlanePositionSequence[0].ImagePositionPatient = [-100, -120, -300 + 2.5 * k]
+        group.PixelValueTransformationSequence = [pydicom.Dataset()]
+        group.PixelValueTransformationSequence[0].RescaleSlope = 1 + k % 2
+        group.PixelValueTransformationSequence[0].RescaleIntercept = -1000 - k
+        group.CTImageFrameTypeSequence = [pydicom.Dataset()]
+        group.CTImageFrameTypeSequence[0].FrameType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+        dataset.PerFrameFunctionalGroupsSequence.append(group)
+    dataset.PixelData = stored[order].tobytes()
+    return dataset
+
+
+@pytest.mark.parametrize("compression", [None, "dcmcrle", "dcmcjpeg", "dcmcjpls"])
+def test_every_frame_of_an_enhanced_ct_has_its_own_place_and_rescale(write_series, tmp_path, compression):
+    stored = stored_pixels(shape=(4, 16, 12))
+    dataset = enhanced_dataset(write_series, stored, order=[2, 0, 3, 1])
+    path = tmp_path / "enhanced" / "file.dcm"
+    path.parent.mkdir()
+    dataset.save_as(path, enforce_file_format=True)
+    if compression:
+        dcmtk(compression, path, path.with_suffix(".out"))
+        path.with_suffix(".out").rename(path)
+    volume = read_volume(path.parent)
+    expected = [stored[k].astype(int) * (1 + k % 2) - 1000 - k for k in range(4)]
+    np.testing.assert_array_equal(volume.voxels, np.maximum(expected, -1024))
+    np.testing.assert_allclose(volume.affine, axial_affine((2.5, 0.8, 0.7), (-100.0, -120.0, -300.0)))
+    assert [instance.frame for instance in volume.source.instances] == [2, 4, 1, 3]
+    assert volume.source.facts.thickness_mm == 3
+    (header,) = volume.source.datasets()
+    assert header.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence[0].ImagePositionPatient[2] == -295
+
+
+def test_a_part_of_a_concatenation_is_refused(write_series, tmp_path):
+    dataset = enhanced_dataset(write_series, stored_pixels(), order=[0, 1, 2])
+    dataset.ConcatenationUID, dataset.InConcatenationNumber, dataset.InConcatenationTotalNumber = "1.2.3", 1, 2
+    (tmp_path / "enhanced").mkdir()
+    dataset.save_as(tmp_path / "enhanced" / "one", enforce_file_format=True)
+    with pytest.raises(InputError, match="one part of a concatenation"):
+        read_volume(tmp_path / "enhanced")
 
 
 def compress_with_gdcm(path: Path, compressor: str) -> None:
@@ -289,6 +470,80 @@ def test_a_series_that_is_no_complete_upright_ct_is_refused(write_series, positi
     with pytest.raises(InputError, match=message) as refusal:
         read_volume(write_series(stored_pixels(), positions, **tags))
     assert "series 1.2.840" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("positions", "tags", "code"),
+    [
+        (z_positions(0, 2.5, 5, 12.5, 15), {}, "uneven_spacing"),
+        (z_positions(0, 2.5, 2.5, 5, 7.5), {}, "uneven_spacing"),
+        (z_positions(0, 2.5, 2.6, 5, 7.5), {}, "uneven_spacing"),
+        (z_positions(0, 0, 2.5, 2.5, 5), {}, "mixed_series"),
+        (np.array([[0, 0.6 * k, 2.5 * k] for k in range(5)]), {}, "tilted"),
+        (np.array([[0, 3.0 * (k == 2), 2.5 * k] for k in range(5)]), {}, "mixed_series"),
+        (None, {"ImageOrientationPatient": SIDE}, "derived"),
+        (None, {"Modality": "MR"}, "not_ct"),
+        (None, {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "derived"),
+    ],
+)
+def test_whole_files_that_are_no_ct_for_the_method_are_refused_with_a_code(write_series, positions, tags, code):
+    with pytest.raises(UnfitStudy) as refusal:
+        read_volume(write_series(stored_pixels(), positions, **tags))
+    assert refusal.value.code == code
+    again = pickle.loads(pickle.dumps(refusal.value))  # it comes back from other processes
+    assert (again.code, str(again)) == (code, str(refusal.value))
+
+
+@pytest.mark.parametrize("tags", [{"ImagePositionPatient": None}, {"RescaleSlope": None}])
+def test_what_is_damaged_has_no_code(write_series, tags):
+    with pytest.raises(InputError) as refusal:
+        read_volume(write_series(stored_pixels(), **tags))
+    assert not isinstance(refusal.value, UnfitStudy)
+
+
+def test_copies_of_a_slice_are_taken_once_and_counted(write_series):
+    folder = write_series(stored_pixels())
+    for path in sorted(folder.iterdir())[:2]:
+        shutil.copyfile(path, path.with_name(f"copy of {path.name}"))
+    volume = read_volume(folder)
+    np.testing.assert_array_equal(volume.voxels, stored_pixels().astype(np.int16) - 1024)
+    assert volume.source.facts.repeated == 2
+
+
+def test_two_patients_under_one_series_are_told(write_series):
+    def edit(k, dataset):
+        dataset.PatientID = "A" if k < 3 else "B"
+
+    with pytest.raises(UnfitStudy, match="slice 1 and 4 of 5 name different patients") as refusal:
+        read_volume(write_series(stored_pixels(), edit=edit))
+    assert refusal.value.code == "mixed_series"
+
+
+def test_other_patients_in_the_folder_are_counted(write_series):
+    folder = write_series(stored_pixels(), PatientID="A")
+    write_series(stored_pixels()[:3], folder=folder, SeriesInstanceUID="1.2.9", PatientID="B")
+    assert read_volume(folder).source.facts.neighbours == 1
+
+
+def test_a_projection_is_not_taken_for_the_largest_series(write_series):
+    folder = write_series(stored_pixels(), SeriesDescription="PE 1.0")
+    longer = stored_pixels(shape=(9, 6, 7))
+    write_series(longer, folder=folder, SeriesInstanceUID="1.2.9", SeriesDescription="PE MIP 8/1")
+    assert read_volume(folder).source.facts.description == "PE 1.0"
+
+
+def test_the_source_tells_patient_series_and_instances(write_series):
+    folder = write_series(stored_pixels(), PatientID="P7", PatientName="Müller^Ä", SpecificCharacterSet="ISO_IR 100")
+    source = read_volume(folder).source
+    by_uid = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, folder.iterdir())}
+    assert [by_uid[one.sop_instance_uid].ImagePositionPatient[2] for one in source.instances] == [
+        -300 + 2.5 * k for k in range(5)
+    ]
+    for header, instance in zip(source.datasets(), source.instances, strict=True):
+        original = by_uid[instance.sop_instance_uid]
+        for keyword in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "PixelSpacing", "Rows"):
+            assert header[keyword].value == original[keyword].value
+        assert str(header.PatientName) == "Müller^Ä"
 
 
 @pytest.mark.parametrize(
