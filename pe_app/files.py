@@ -18,7 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     block fails, ``path`` is as it was and the temporary file is gone. The suffixes are kept, since writers choose the
     format by them.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     try:
         yield temporary
@@ -36,7 +36,7 @@ def making_folder(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: if there is something else than an empty folder at ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     temporary.mkdir()
     try:
@@ -64,7 +64,7 @@ def append_durably(path: Path, line: bytes) -> int:
 
     A line that a power cut tore before is closed first, so that it never runs into this one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("a+b") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -75,6 +75,13 @@ def append_durably(path: Path, line: bytes) -> int:
         file.flush()
         os.fsync(file.fileno())
     return place
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, that a power cut does not take away with all that was written into it."""
+    for folder in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pe_app.errors import InputError, TooLarge
 from pe_app.files import replacing
 from pe_app.volume import Volume
-from pe_app.volume_io import MAX_VOXELS, image_from_volume, volume_from_image
+from pe_app.volume_io import MAX_VOXELS, image_from_volume, volume_from_image, write_image
 
 NAME = "embolism"
 """Name and ID of the segment that holds the emboli."""
@@ -140,7 +140,7 @@ def write_segment(mask: Volume, path: Path, tags: Mapping[str, str]) -> None:
     for field, value in fields.items():
         image.SetMetaData(field, value)
     with replacing(path) as temporary:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
+        write_image(image, temporary)
 
 
 def _check_attached(path: Path) -> None:

@@ -5,8 +5,10 @@ What is cut off, has no place in the patient or does not hold HU is refused, nev
 
 from __future__ import annotations
 
+import errno
 import gzip
 import logging
+import os
 import zlib
 from dataclasses import replace
 from io import BufferedIOBase
@@ -16,7 +18,16 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from pe_app.dicom_series import SPACING_RANGE_MM, TILT_DEGREES, is_dicom, last_line, millimetres, read_dicom_folder
+from pe_app.dicom_series import (
+    MAX_POSITION_MM,
+    SPACING_RANGE_MM,
+    TILT_DEGREES,
+    check_hu_range,
+    is_dicom,
+    last_line,
+    millimetres,
+    read_dicom_folder,
+)
 from pe_app.dicom_series import check_uniform_spacing as check_uniform_spacing
 from pe_app.errors import InputError, TooLarge
 from pe_app.files import replacing
@@ -27,8 +38,6 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 """Files that hold one volume."""
-AIR_PRESENT_HU = -200
-"""Every CT of a chest holds voxels below this; values that never get there are not HU."""
 MAX_VOXELS = 2**30
 """Four times 512 x 512 x 1024: more is a damaged header, not a chest."""
 MAX_BYTES = 2**31
@@ -104,10 +113,29 @@ def write_volume(volume: Volume, path: str | Path) -> None:
         raise InputError(f"{path.name}: a volume is written to a file ending in {', '.join(SUFFIXES)}")
     try:
         with replacing(path) as unfinished:
-            image = image_from_volume(volume)
-            sitk.WriteImage(image, str(unfinished), useCompression=suffix != ".nii", compressionLevel=3)
+            write_image(image_from_volume(volume), unfinished)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{path}: cannot be written: {last_line(error)}") from error
+
+
+def write_image(image: sitk.Image, path: Path) -> None:
+    """Write an image with ITK and make sure that it is whole: ITK does not notice a disk that gets full at the end.
+
+    Raises:
+        OSError: if the disk is full.
+        RuntimeError: if ITK itself fails.
+    """
+    sitk.WriteImage(image, str(path), useCompression=_suffix(path) != ".nii", compressionLevel=3)
+    try:
+        if _suffix(path) == ".nrrd":
+            _check_nrrd(path)
+        else:
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            _check_nifti(path, {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()})
+    except (InputError, EOFError, RuntimeError, zlib.error) as error:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def resample_like(volume: Volume, reference: Volume) -> Volume:
@@ -140,6 +168,8 @@ def volume_from_image(image: sitk.Image, name: str) -> Volume:
     low, high = SPACING_RANGE_MM
     if not np.isfinite(affine).all() or not ((low <= spacing) & (spacing <= high)).all():
         raise InputError(f"{name}: voxels of {millimetres(spacing)} mm cannot be; the header is wrong: export it again")
+    if np.abs(affine[:3, 3]).max() > MAX_POSITION_MM:
+        raise InputError(f"{name}: its place, {affine[:3, 3].tolist()} mm, cannot be: the header is wrong")
     skew = np.degrees(np.arcsin(np.abs(np.triu(_cosines(affine), 1)).max().clip(0, 1)))
     if skew > TILT_DEGREES:
         raise InputError(
@@ -171,11 +201,7 @@ def _read_ct_file(path: Path) -> Volume:
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():  # NaN survives min and max
         raise InputError(f"{path.name}: holds NaN or infinite values; a CT has a number of HU in every voxel")
-    if low > AIR_PRESENT_HU or high > 32767:
-        raise InputError(
-            f"{path.name}: values run from {low:g} to {high:g}, these are not HU (air is near -1000, water 0): "
-            "export the CT without windowing or scaling"
-        )
+    check_hu_range(low, high, path.name)
     if values.dtype.kind == "f":
         values = np.rint(values)
     return _with_source(Volume(np.maximum(values, PADDING_HU).astype(np.int16), image.affine, path.name), path)
@@ -274,7 +300,8 @@ def _check_nrrd(path: Path) -> None:
         end = file.tell()
     if end == path.stat().st_size or "data file" in fields or "datafile" in fields:
         raise InputError(f"{path.name}: its voxels are in another file; write header and voxels into one .nrrd")
-    if fields.get("space", "").lower() not in _NRRD_SPACES or "space directions" not in fields:
+    directions = fields.get("space directions", "none").lower()
+    if fields.get("space", "").lower() not in _NRRD_SPACES or "none" in directions:
         raise InputError(f"{path.name}: has no space or space directions, so its place in the patient is unknown")
     encoding = fields.get("encoding", "").lower()
     if encoding in ("gzip", "gz", "raw"):

@@ -590,3 +590,54 @@ def test_a_batch_inference_in_another_process_reverts_no_review_and_loses_none_o
         assert [store.get_image_info(study)["round"] for study in ("one", "two")] == [5, 5]
     assert len(list(watching.history.versions("one", "annotation"))) == 6
     assert json.loads((studies / "labels" / "draft" / "one.json").read_text())["slices"][-1]["state"]
+
+
+def test_a_save_that_counts_is_shown_although_the_disk_takes_no_index_and_written_when_it_does(
+    studies, save, chest, monkeypatch
+):
+    store = StudyStore(studies)
+    save(store, count=2)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lib.index, "write_durably", full)
+        patched.setattr(lib.labels, "show", lambda *_: full(None, None))
+        revision = save(store, count=4)
+        shutil.copy(studies / "one.nrrd", studies / "three.nrrd")
+        assert store.list_images() == ["one", "three", "two"]
+        assert store.review_state("one").reviewed == 4
+        shown = nrrd.read(store.get_label_uri("one", "draft"))[0]
+        assert shown.any(axis=(0, 1)).sum() == sum(
+            chest[1].voxels[list(store.facts("one").schedule[:4])].any(axis=(1, 2))
+        )
+    store.refresh()
+    for again in (store, StudyStore(studies)):
+        assert (reviewed(again), again.review_state("one").revision) == (4, revision)
+        assert again.get_label_uri("one", "draft") == str(studies / "labels" / "draft" / "one.seg.nrrd")
+    assert json.loads((studies / "datastore_v2.json").read_text())["objects"].keys() == {"one", "three", "two"}
+
+
+def test_what_itk_could_not_write_whole_is_refused_as_a_full_disk(studies, chest, tmp_path):
+    import SimpleITK as sitk
+
+    written = sitk.WriteImage
+
+    def cut(image, path, **options):
+        written(image, path, **options)
+        with Path(path).open("r+b") as file:
+            file.truncate(Path(path).stat().st_size - 40)
+
+    store = StudyStore(studies)
+    annotation = SparseAnnotation.from_mask(read_volume(studies / "one.nrrd"), chest[1], [6, 10])
+    annotation.write(tmp_path / "sent.json", chest[0])
+    before = everything(studies)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sitk, "WriteImage", cut)
+        with pytest.raises(OSError, match="No space left"):
+            store.save("one", tmp_path / "sent.seg.nrrd", "draft", {"annotation": annotation.to_json()})
+        with pytest.raises(OSError, match="No space left"):
+            store.add_image("three", str(studies / "one.nrrd"), {})
+    assert everything(studies) == before
+    assert store.list_images() == ["one", "two"]

@@ -59,6 +59,10 @@ class Index:
         write_durably(self._path, model.model_dump_json(exclude={"base_path"}))
         self._held = (model, _stamp(self._path))
 
+    def hold(self, objects: dict[str, ImageLabelModel]) -> None:
+        """Let the index say this in this process only, because the disk takes nothing."""
+        self._held = (self.model.model_copy(update={"objects": objects}), self._held[1])
+
 
 def _stamp(path: Path) -> tuple[int, ...]:
     status = os.stat(path)

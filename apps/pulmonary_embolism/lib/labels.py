@@ -124,27 +124,27 @@ class Labels:
             "embolism": bool(annotation.masks),
             "slices": dict(Counter(reviewed.state for reviewed in annotation.slices)),
         }
-        revision, previous = self._next_revision(study, ANNOTATION_LINE)
-        annotation.write(self.history.path(study, ANNOTATION_LINE, revision, ".json"), self._images.volume(ct))
         tag = DRAFT if still_open else FINAL
+        revision, previous = self._next_revision(study, ANNOTATION_LINE, tag)
+        annotation.write(self.history.path(study, ANNOTATION_LINE, revision, ".json"), self._images.volume(ct))
         version = Version(revision, previous, tag, ".seg.nrrd", True, _dated({**info, **own}))
         self.history.commit(study, ANNOTATION_LINE, version)
 
     def write_file(self, study: str, tag: str, source: Path, info: Mapping[str, Any]) -> None:
         """A new version of a plain label."""
         line, ending = line_of(tag), split_ending(source.name)[1].lower()
-        revision, previous = self._next_revision(study, line)
+        revision, previous = self._next_revision(study, line, tag)
         write_durably(self.history.path(study, line, revision, ending), source.read_bytes())
         self.history.commit(study, line, Version(revision, previous, tag, ending, False, _dated(info)))
 
     def write_study_label(self, study: str, info: Mapping[str, Any]) -> None:
         """A new version of what is said of the study as a whole."""
-        revisions = self._next_revision(study, STUDY_LABEL_LINE)
+        revisions = self._next_revision(study, STUDY_LABEL_LINE, "")
         self.history.commit(study, STUDY_LABEL_LINE, Version(*revisions, "", "", False, _dated(info)))
 
     def remove(self, study: str, tag: str) -> None:
         """Take a label away from the clients: a version without files."""
-        revisions = self._next_revision(study, line_of(tag))
+        revisions = self._next_revision(study, line_of(tag), tag)
         self.history.commit(study, line_of(tag), Version(*revisions, tag, "", False, _dated({})))
 
     def add_info(self, study: str, tag: str, info: Mapping[str, Any]) -> None:
@@ -154,8 +154,9 @@ class Labels:
             own = {name: current.info[name] for name in OWN if name in current.info}
             self.history.commit(study, line_of(tag), replace(current, info={**current.info, **info, **own}))
 
-    def _next_revision(self, study: str, line: str) -> tuple[str, str]:
-        check_inside(self.history.path(study, line, "", ""), self._root)
+    def _next_revision(self, study: str, line: str, tag: str) -> tuple[str, str]:
+        for folder in (self.history.path(study, line, "", ""), self._folder / tag):  # before anything is written
+            check_inside(folder, self._root)
         return self.history.next_revision(study, line)
 
     # All versions
@@ -198,27 +199,26 @@ class Labels:
 
     # The folder ``labels/``
 
-    def show(self, study: str) -> dict[str, Version]:
-        """Lay the versions that count into ``labels/``, take former ones away, and tell what is there now, by tag."""
-        shown: dict[str, Version] = {}
+    def current(self, study: str) -> dict[str, Version]:
+        """The versions that have a label file and count, by tag."""
+        found = (self.history.current(study, line) for line in self.history.lines(study))
+        return {version.tag: version for version in found if version and version.ext}
+
+    def show(self, study: str) -> None:
+        """Lay the versions that count into ``labels/`` and take former ones away."""
         wanted = set()
         lines = self.history.lines(study)
-        for line in lines:
-            version = self.history.current(study, line)
-            if version is None or not version.ext:
-                continue
+        for tag, version in self.current(study).items():
             for ending in (version.ext, ".json") if version.annotated else (version.ext,):
-                target = self._folder / version.tag / f"{study}{ending}"
+                target = self._folder / tag / f"{study}{ending}"
                 check_inside(target.parent, self._root)
-                show(self.history.path(study, line, version.revision, ending), target)
+                show(self.history.path(study, line_of(tag), version.revision, ending), target)
                 wanted.add(target)
-            shown[version.tag] = version
         for tag in self._tags() if lines else ():
             for ending in (*LABEL_ENDINGS, ".json") if line_of(tag) in lines else ():
                 stale = self._folder / tag / f"{study}{ending}"
                 if stale not in wanted:
                     stale.unlink(missing_ok=True)
-        return shown
 
     def adopt(self, study: str, ct: Path, said: Mapping[str, Mapping[str, Any]]) -> None:
         """Take label files that somebody, or a stock server, laid into ``labels/`` into the history.

@@ -225,7 +225,9 @@ class Models:
             yield self.serving()
 
     def _write(self, serving: Serving) -> None:
-        write_durably(self._folder / "served.json", json.dumps(asdict(serving)))
+        path = self._folder / "served.json"
+        write_durably(path, json.dumps(asdict(serving)))
+        self._serving = (_stamp(path), serving)
 
 
 def _told(detector: Detector) -> Detector:

@@ -10,6 +10,7 @@ What clients bring is checked in ``lib.checks``.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -126,6 +127,7 @@ class StudyStore(LocalDatastore):
         self._folder = self.root / images_dir
         check_inside(self._folder, self.root)
         self._folder_time = 0
+        self._unshown: set[str] = set()
         self._listed = _listed_studies(self._folder)
         endings = [f"*{ending}" for ending in IMAGE_ENDINGS]
         super().__init__(str(self.root), images_dir, extensions=endings, auto_reload=False)
@@ -175,6 +177,8 @@ class StudyStore(LocalDatastore):
         if label is None:
             return ""
         path = self.root / "labels" / label_tag / f"{label_id}{label.ext}"
+        if label_id in self._unshown:
+            path = self.history.path(label_id, line_of(label_tag), label.info["revision"], label.ext)
         check_inside(path, self.root)
         return str(path)
 
@@ -355,7 +359,10 @@ class StudyStore(LocalDatastore):
             for other in self.list_images():
                 if other.casefold() == image_id.casefold():  # one file where a file system does not tell them apart
                     raise Conflict(f"there is a study {other!r} already: choose another id")
-            write_volume(volume, self._folder / f"{image_id}{ending.lower()}")
+            try:
+                write_volume(volume, self._folder / f"{image_id}{ending.lower()}")
+            except InputError as error:  # of a CT that was read: it is the disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             self.refresh()
             self.update_image_info(image_id, info)
         return image_id
@@ -373,11 +380,18 @@ class StudyStore(LocalDatastore):
             raise InputError(f"study {image_id}: unknown label {label!r}; the labels are {words}")
         with self.lock:
             self.check_study(image_id)
-            if "pe_label" in said:
-                self.labels.write_study_label(image_id, said)
             entry = self._datastore.objects[image_id]
             image = DataModel(ext=entry.image.ext, info={**entry.image.info, **said})
-            self._write_index({image_id: ImageLabelModel(image=image, labels=entry.labels)})
+            changed = {image_id: ImageLabelModel(image=image, labels=entry.labels)}
+            if "pe_label" not in said:
+                self._write_index(changed)
+                return
+            self.labels.write_study_label(image_id, said)  # from here on it counts
+            try:
+                self._write_index(changed)
+            except OSError:
+                logger.exception("study %s is labelled; the index will show it when the disk takes it", image_id)
+                self._index.hold({**self._datastore.objects, **changed})
 
     def update_label_info(self, label_id: str, label_tag: str, info: Mapping[str, Any]) -> None:
         """Add to what is known of a label, as the stock Reviewer does; files and revision stay."""
@@ -454,18 +468,30 @@ class StudyStore(LocalDatastore):
                 raise InputError(f"tag {tag!r}: study {image_id} has {other!r} already, which some file systems mix up")
 
     def _show(self, image_id: str) -> None:
-        """Let folder and index show what counts now."""
-        image = self._datastore.objects[image_id].image
-        self._write_index({image_id: ImageLabelModel(image=image, labels=self._shown(image_id))})
+        """Let folder and index show what counts now.
 
-    def _shown(self, image_id: str) -> dict[str, DataModel]:
-        """Let ``labels/`` show what counts now; what the index is to say of it."""
+        It counts already: where the disk takes nothing more, this process shows it from memory and history, and a later
+        save or ``refresh`` writes it down.
+        """
+        image = self._datastore.objects[image_id].image
+        entry = ImageLabelModel(image=image, labels=self._labels_of(image_id))
+        self._unshown.add(image_id)
+        try:
+            self.labels.show(image_id)
+            self._write_index({image_id: entry})
+            self._unshown.discard(image_id)
+        except OSError:
+            logger.exception("study %s is saved; labels/ and the index will show it when the disk takes it", image_id)
+            self._index.hold({**self._datastore.objects, image_id: entry})
+
+    def _labels_of(self, image_id: str) -> dict[str, DataModel]:
+        """What the index is to say of a study's labels."""
         return {
             tag: DataModel(
                 ext=version.ext,
                 info={**version.info, "revision": version.revision, "name": f"{image_id}{version.ext}"},
             )
-            for tag, version in self.labels.show(image_id).items()
+            for tag, version in self.labels.current(image_id).items()
         }
 
     # The index
@@ -495,6 +521,8 @@ class StudyStore(LocalDatastore):
     def refresh(self) -> None:
         """Notice CTs that came or went."""
         with self.lock:
+            for study in tuple(self._unshown & self._datastore.objects.keys()):
+                self._show(study)
             self._list_studies(self._datastore.objects)
 
     def _reconcile_datastore(self) -> None:
@@ -515,17 +543,26 @@ class StudyStore(LocalDatastore):
             else:
                 objects[image_id] = self._entry(image_id, ext, held.get(image_id))
         if objects != held or not Path(self._datastore_config_path).exists():
-            self._index.write(objects)
-            self._folder_time = self._folder.stat().st_mtime_ns
+            try:
+                self._index.write(objects)
+                self._folder_time = self._folder.stat().st_mtime_ns
+            except OSError:
+                logger.exception("the index cannot be written; it is kept in memory")
+                self._index.hold(objects)
 
     def _entry(self, image_id: str, ext: str, held: ImageLabelModel | None) -> ImageLabelModel:
         """What the index is to say of a study, from the files."""
-        known = {tag: label.info for tag, label in held.labels.items()} if held else {}
-        self.labels.adopt(image_id, self._folder / f"{image_id}{ext}", known)
         said = self.history.current(image_id, STUDY_LABEL_LINE)
         info = {"ts": int(time.time()), "name": f"{image_id}{ext}", **(said.info if said else {})}
         image = DataModel(ext=ext, info=held.image.info if held else info)
-        return ImageLabelModel(image=image, labels=self._shown(image_id))
+        known = {tag: label.info for tag, label in held.labels.items()} if held else {}
+        try:
+            self.labels.adopt(image_id, self._folder / f"{image_id}{ext}", known)
+            self.labels.show(image_id)
+        except OSError:
+            logger.exception("study %s: labels/ cannot be brought up to date", image_id)
+            self._unshown.add(image_id)
+        return ImageLabelModel(image=image, labels=self._labels_of(image_id))
 
     def _image_files(self) -> list[str]:
         """Names of CT files: no segmentations, nothing hidden, no links that lead out of the studies folder."""
