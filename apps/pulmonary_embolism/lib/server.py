@@ -29,14 +29,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from lib import routes
 from lib.access import TokenFile
+from lib.archive import ArchiveSettings, ArchiveStore
 from lib.audit import Audit
 from lib.door import Door
 from lib.guard import Guard, is_loopback
+from lib.infer import SERVER_PID
+from lib.labels import Conflict
 from lib.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
-from lib.store import Conflict
-from lib.train import SERVER_PID
 from monailabel.config import settings
-from monailabel.endpoints import batch_infer, datastore, train
+from monailabel.endpoints import batch_infer, datastore
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks import utils as tasks
@@ -60,8 +61,6 @@ KEPT = {
     ("HEAD", "/datastore/label"),
     ("DELETE", "/datastore/label"),
     ("GET", "/datastore/label/info"),
-    ("GET", "/train/"),
-    ("DELETE", "/train/"),
     ("GET", "/batch/infer"),
     ("DELETE", "/batch/infer"),
 }
@@ -87,32 +86,39 @@ def serve(
     model: Path | None = None,
     door: Door = Door(),  # noqa: B008 - frozen
     detection_seconds: float = DETECTION_SECONDS,
+    archive: ArchiveSettings | None = None,
 ) -> None:
-    """Serve a folder of studies until interrupted.
+    """Serve a folder of studies, or an archive, until interrupted.
 
     Args:
-        studies: the folder; labels, models and trainings are kept in it.
+        studies: the folder; labels, models and trainings are kept in it, and what is fetched from an archive.
         host: an address of this machine.
         port: of the server.
         model: the model to start with, until a training publishes one; by default the one that ships.
         door: how it is reached.
         detection_seconds: a detection that takes longer is stopped.
+        archive: where the studies come from, if not from the folder alone.
 
     Raises:
-        InputError: if the folder, the model or the door cannot be used.
+        InputError: if the folder, the archive, the model or the door cannot be used.
     """
     door.check(host)
+    if archive is not None:
+        studies.mkdir(parents=True, exist_ok=True)
     if not studies.is_dir():
         raise InputError(f"{studies}: there is no such folder")
     if model is not None and not model.is_file():
         raise InputError(f"model {model}: there is no such file")
     settings.MONAI_LABEL_APP_DIR = str(APP_DIR)
     settings.MONAI_LABEL_STUDIES = str(studies.resolve())
-    settings.MONAI_LABEL_APP_CONF = {"model": str(model.resolve())} if model else {}
+    conf = {"model": str(model.resolve())} if model else {}
+    settings.MONAI_LABEL_APP_CONF = {**conf, **(archive.conf() if archive else {})}
     settings.MONAI_LABEL_SERVER_PORT = port
     _tell_tasks()
     instance = app_instance()
-    instance.served.current()  # a folder or model that cannot be used is said here, before the server starts
+    instance.models.current()  # a folder or model that cannot be used is said here, before the server starts
+    if isinstance(instance.store, ArchiveStore):
+        instance.store.follow()
     instance.jobs.seconds = detection_seconds
     app.tokens = TokenFile(door.tokens) if door.tokens else None
     beyond = door.allowed_hosts or not is_loopback(host)
@@ -153,13 +159,15 @@ def _tell_tasks() -> None:
 async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     instance = app_instance()
     instance.server_mode(True)
-    instance.served.current()
+    instance.models.current()
     private = instance.store.private
     app.audit = Audit(private / "audit.jsonl")
     _use_temporary_folder(private / "tmp")
+    instance.trainings.open()
     instance.examine_new_studies()
     yield
     instance.jobs.cancel_all()
+    instance.trainings.close()
     for method, executor in tasks.background_executors.items():
         executor.shutdown(wait=False, cancel_futures=True)
         tasks.stop_background_task(method)
@@ -201,7 +209,7 @@ def _make_app() -> FastAPI:
         title="Pulmonary embolism", version=pe_app.__version__, lifespan=_lifespan, docs_url=None, redoc_url=None
     )
     made.router.routes.extend(routes.router.routes)
-    for stock in (datastore, train, batch_infer):
+    for stock in (datastore, batch_infer):
         for route in stock.router.routes:
             methods = {method for method in route.methods if (method, route.path) in KEPT}
             if methods:
