@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Literal, Protocol, TypeVar
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -200,5 +199,8 @@ def _summary(columns: Columns, prefix: str) -> Metrics:
     }
     metrics["accuracy"] = float(((logit > 0) == (label > 0)).double().mean())
     both = 0 < int(label.sum()) < len(label)
+    if both:
+        from sklearn.metrics import roc_auc_score  # a second to import, and the first steps do without
+
     metrics["auc"] = float(roc_auc_score(label.numpy(), logit.numpy())) if both else math.nan
     return {prefix + name: value for name, value in metrics.items()}

@@ -22,9 +22,6 @@ from typing import TYPE_CHECKING
 
 import filelock
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from pe_app.errors import InputError
@@ -32,6 +29,8 @@ from pe_app.files import replacing, write_durably
 from pe_app.progress import Cancelled, Progress, ProgressCallback
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 Metrics = Mapping[str, float]
@@ -254,6 +253,8 @@ def metrics_csv(history: Sequence[Metrics]) -> str:
 def draw_curves(history: Sequence[Metrics], best_epoch: int, title: str) -> Figure:
     """One figure of a training: losses, how well it decides, and (stage I) how well it looks."""
     panels = [panel for panel in _PANELS if panel.curves[0].name in history[0]]
+    from matplotlib.figure import Figure  # like below: a training starts without
+
     width, height = 4.6 * len(panels), 4.6
     figure = Figure(figsize=(width, height))
     # margins in inches: drawn after every epoch, and matplotlib's own layout takes twice as long
@@ -349,6 +350,8 @@ _PANELS = (
 
 
 def _draw_panel(axes: Axes, panel: _Panel, history: Sequence[Metrics], best_epoch: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [metrics["epoch"] for metrics in history]
     marker = "o" if len(history) < 12 else ""
     axes.axvline(best_epoch, color="0.9", linewidth=8, zorder=0)

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from app_server import APP
-from small_studies import CLASSIFIER, ENCODER, LUNG, SLABS, small_chest
+from app_server import APP, SHAPE, chest
+from small_studies import CLASSIFIER, ENCODER, SLABS
 
 from pe_app.annotation import SparseAnnotation
 from pe_app.detector import Detector
@@ -37,7 +37,7 @@ SETTINGS = {"matrix": 64, "crop": 64, "slab_count": 6, "width": 8, "filters": 4,
 def studied(tmp_path_factory):
     """Six studies: three with annotated emboli, three negative."""
     folder = tmp_path_factory.mktemp("trainings") / "studies"
-    chests = {f"study{number}": small_chest(number, emboli=3 * (number % 2)) for number in range(6)}
+    chests = {f"study{number}": chest(number, emboli=3 * (number % 2)) for number in range(6)}
     for name, (volume, _) in chests.items():
         write_volume(volume, folder / f"{name}.nrrd")
     store = StudyStore(folder)
@@ -45,7 +45,7 @@ def studied(tmp_path_factory):
         positive = bool(mask.voxels.any())
         store.update_image_info(name, {"pe_label": "positive" if positive else "negative"})
         if positive:
-            annotation = SparseAnnotation.from_mask(volume, mask, range(LUNG.start, LUNG.stop, 3), "reader")
+            annotation = SparseAnnotation.from_mask(volume, mask, range(4, SHAPE[0] - 4, 2), "reader")
             annotation.write(folder.parent / "sent.json", volume)
             store.save(name, folder.parent / "sent.seg.nrrd", "draft", {"annotation": annotation.to_json()})
     Detector.untrained(0, SLABS, ENCODER, CLASSIFIER).save(folder.parent / "start.safetensors")
@@ -132,7 +132,7 @@ def test_a_training_publishes_its_model_another_waits_and_a_third_is_sent_away(s
     second = queue.submit("classifier", {"epochs": 1, "batch": 4, "synthetic": True}, "bob", enqueue=True)
     assert [task.status for task in queue.tasks()][1] == "SUBMITTED"
     for _ in range(lib.train.WAITING_TASKS - 1):
-        queue.submit("nothing", {}, "", enqueue=True)
+        queue.submit("encoder", {"epochs": "many"}, "", enqueue=True)
     with pytest.raises(Busy, match="waiting"):
         queue.submit("encoder", SETTINGS, "ann", enqueue=True)
     ended(queue)

@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,9 @@ def _like(default: object, value: object, name: str) -> Any:
 
 def _watch(stop: threading.Event) -> None:
     """Wait until standard input ends: whoever started this process closed it, or is gone."""
-    sys.stdin.buffer.read()
+    with suppress(OSError):
+        while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: Python cannot end while a thread is in it
+            pass
     stop.set()
     threading.Event().wait(LAST_STEP_SECONDS)
     os._exit(STOPPED)
