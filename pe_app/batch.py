@@ -189,8 +189,8 @@ class _Opened:
     """A study on its way: how far the reading thread came with it."""
 
     study: BatchStudy
-    begin: float
     volume: Volume | None = None
+    read_seconds: float = 0.0
     known: Outcome | None = None
     error: Exception | None = None
     alone: bool = False
@@ -261,7 +261,10 @@ class _Batch:
         while (opened := self._waited_for(upcoming)) is not None:
             if not opened.alone:
                 upcoming = _in_thread(lambda: self.open_next(studies))
+            begin = time.monotonic()
             outcome = self._outcome(opened)
+            if not outcome.known:
+                outcome = replace(outcome, seconds=round(opened.read_seconds + time.monotonic() - begin, 2))
             if not outcome.known or outcome.fingerprint != self.kept.all()[outcome.study].fingerprint:
                 self.kept.add(replace(outcome, known=False))
             self.begun.end(opened.study)
@@ -277,21 +280,24 @@ class _Batch:
         study = next(studies, None)
         if study is None:
             return None
-        begin = time.monotonic()
         study = replace(study, fingerprint=study.fingerprint or _fingerprint(study.path))
         known = self.kept.all().get(study.study)
         if known is not None and known.fingerprint == study.fingerprint and self._still_holds(known, study):
-            return _Opened(study, begin, known=known)
+            return _Opened(study, known=known)
         if self.begun.endings(
             study
         ):  # it may have ended the process: alone, so that no other study is suspected with it
-            return _Opened(study, begin, alone=True)
+            return _Opened(study, alone=True)
         self.begun.begin(study)
-        return self._read(_Opened(study, begin))
+        return self._read(_Opened(study))
 
     def _read(self, opened: _Opened) -> _Opened:
+        begin = time.monotonic()
         try:
-            return replace(opened, volume=read_volume(opened.study.path, series=opened.study.series))
+            volume = read_volume(opened.study.path, series=opened.study.series)
+            return replace(opened, volume=volume, read_seconds=time.monotonic() - begin)
+        except UnfitStudy as error:
+            return replace(opened, error=UnfitStudy(error.code, _without_path(str(error), opened.study)))
         except Exception as error:  # the study's fault, whatever it is
             return replace(opened, error=error)
 
@@ -368,7 +374,6 @@ class _Batch:
             fingerprint=opened.study.fingerprint,
             settings=self._settings(opened.study),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.monotonic() - opened.begin, 2),
         )
 
     def _still_holds(self, kept: Outcome, study: BatchStudy, volume: Volume | None = None) -> bool:
@@ -574,7 +579,8 @@ def _cell(value: object) -> object:
 def _without_path(message: str, study: BatchStudy) -> str:
     """A message without the way to the files, which may name the patient."""
     for path in (study.path, study.path.resolve()):
-        message = message.replace(str(path), study.study).replace(f"{path.parent}/", "")
+        if len(path.parts) > 1:
+            message = message.replace(str(path), study.study).replace(f"{path.parent}/", "")
     return message
 
 

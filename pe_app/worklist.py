@@ -45,7 +45,7 @@ class Outcome:
         fingerprint: of the source: it changes when the files do.
         settings: SHA-256 of model, limits and options; with other ones the study is done again.
         date: when it was done, ISO 8601 UTC.
-        seconds: from reading to the last file.
+        seconds: of reading, analysing and writing; reading goes on beside the study before it.
         known: done by an earlier run and not again.
     """
 
