@@ -11,7 +11,7 @@ import nrrd
 import numpy as np
 import pytest
 import requests
-from app_server import review, running_server, write_phantoms
+from app_server import APP, review, running_server, write_phantoms
 from requests_toolbelt import MultipartDecoder
 
 from pe_app.detector import Detector
@@ -284,23 +284,36 @@ def test_an_image_that_cannot_be_read_is_listed_with_the_reason_and_not_offered(
     assert "truncated.nrrd" in answer.json()["detail"]
 
 
-def test_new_weights_are_served_without_a_restart_and_broken_ones_are_not(server):
-    published = server.studies / ".pe" / "model.safetensors"
+@pytest.fixture
+def models(server):
+    """The models of the server's folder, as a training in another process sees them; what was served comes back."""
+    sys.path.insert(0, str(APP))
+    from lib.models import Models
+
+    folder = Models(server.studies / ".pe" / "models", server.studies.parent / "model.safetensors")
+    before = folder.path()
+    yield folder
+    folder.publish(before)
+
+
+def test_new_weights_are_served_without_a_restart_and_broken_ones_are_not(server, models, tmp_path):
     before = server.json("GET", "/info/")["pe"]["model"]["sha256"]
     other = small_detector(1)
-    other.save(published)
+    other.save(tmp_path / "new.safetensors")
+    models.publish(tmp_path / "new.safetensors")
     assert server.json("GET", "/info/")["pe"]["model"]["sha256"] == other.sha256 != before
     params, _ = multipart(server.request("POST", "/infer/detection?image=alpha"))
     assert params["model"]["sha256"] == other.sha256
-    published.write_bytes(published.read_bytes()[:-1000])
+    kept = server.studies / ".pe" / "models" / f"{other.sha256}.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1000])
     assert server.json("GET", "/info/")["pe"]["model"]["sha256"] == other.sha256
-    published.unlink()
+    models.rollback()
     assert server.json("GET", "/info/")["pe"]["model"]["sha256"] == before
 
 
-def test_info_answers_at_once_while_a_detection_runs_which_can_be_cancelled(server):
-    published = server.studies / ".pe" / "model.safetensors"
-    small_detector(2, SLOW, width=32).save(published)
+def test_info_answers_at_once_while_a_detection_runs_which_can_be_cancelled(server, models, tmp_path):
+    small_detector(2, SLOW, width=32).save(tmp_path / "slow.safetensors")
+    models.publish(tmp_path / "slow.safetensors")
     jobs = [str(uuid.uuid4()) for _ in range(2)]
     answers = {}
 
@@ -310,26 +323,23 @@ def test_info_answers_at_once_while_a_detection_runs_which_can_be_cancelled(serv
     def state(job):
         return server.request("GET", f"/pe/jobs/{job}").json().get("state")
 
-    try:
-        threads = [threading.Thread(target=detect, args=(job,)) for job in jobs]
-        for thread, job, wanted in zip(threads, jobs, ("running", "waiting"), strict=True):
-            thread.start()
-            deadline = time.monotonic() + 30
-            while state(job) != wanted and time.monotonic() < deadline:
-                time.sleep(0.02)
-        seconds = []
-        for _ in range(20):
-            begin = time.perf_counter()
-            server.json("GET", "/info/")
-            seconds.append(time.perf_counter() - begin)
+    threads = [threading.Thread(target=detect, args=(job,)) for job in jobs]
+    for thread, job, wanted in zip(threads, jobs, ("running", "waiting"), strict=True):
+        thread.start()
+        deadline = time.monotonic() + 30
+        while state(job) != wanted and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert [state(job) for job in jobs] == ["running", "waiting"]
-        for job in reversed(jobs):
-            server.json("DELETE", f"/pe/jobs/{job}")
-        for thread in threads:
-            thread.join(30)
-    finally:
-        published.unlink()
+    seconds = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        server.json("GET", "/info/")
+        seconds.append(time.perf_counter() - begin)
+        time.sleep(0.02)
+    assert [state(job) for job in jobs] == ["running", "waiting"]
+    for job in reversed(jobs):
+        server.json("DELETE", f"/pe/jobs/{job}")
+    for thread in threads:
+        thread.join(30)
     assert np.median(seconds) < 0.1
     for job in jobs:
         assert answers[job].status_code == 409

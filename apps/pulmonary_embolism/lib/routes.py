@@ -200,7 +200,10 @@ def batch_infer(model: str, images: str = "all", params: JsonObject = None) -> d
     said = finite_json(params or {})
     if images not in ("all", "labeled", "unlabeled"):
         raise InputError(f"images: expected all, labeled or unlabeled, got {images!r}")
-    request = {"model": model, "images": images, "max_batch_size": int(said.get("max_batch_size") or 0)}
+    most = said.get("max_batch_size", 0)
+    if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+        raise InputError(f"max_batch_size: expected a number of studies, or 0 for all, got {most!r}")
+    request = {"model": model, "images": images, "max_batch_size": most}
     started, _ = AsyncTask.run("batch_infer", request=request)
     if started is None:
         raise HTTPException(429, "a batch is running: wait for it or stop it", {"Retry-After": RETRY_SECONDS})
