@@ -1,10 +1,11 @@
 # make demo: install, two phantom studies, a real server, both detections in demo/
 # make test: install, then every test
+# make campaign: the server killed, starved, crowded and lied to for ten minutes, and a table of what was lost
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install lint starter-model clean
+.PHONY: demo test campaign install lint starter-model clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +19,10 @@ demo: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+# e.g. make campaign CAMPAIGN="--minutes 2 --seed 5 --part disk"
+campaign: install
+	PYTHONPATH=tests $(BIN)/python -m campaign $(CAMPAIGN)
 
 lint: install
 	$(BIN)/ruff check .
