@@ -51,6 +51,10 @@ MAX_MATRIX = 4096
 """Rows and columns beyond any CT's: a damaged header that would take all memory."""
 SPACING_RANGE_MM = (0.1, 30.0)
 """Outside it a header's spacing is a mistake (metres, micrometres, zero)."""
+MAX_POSITION_MM = 1e5
+"""Scanners place their patients within metres of the origin."""
+AIR_PRESENT_HU = -200
+"""Every CT of a chest holds voxels below this; values that never get there are not HU."""
 LESSER_SERIES = 0.5
 """A second series stands in for a larger one that has gaps where it is at least this share as long."""
 
@@ -130,7 +134,9 @@ def read_stack(stack: Stack, root: Path, neighbours: int = 0) -> Volume:
     affine[:3, 1] = first.orientation[3:] * rows_mm  # the second triple runs down a column, from row to row
     affine[:3, 2] = first.orientation[:3] * columns_mm
     affine[:3, 3] = first.position_mm
-    volume = canonical_volume(_read_pixels(stack), affine, stack.name)
+    voxels = _read_pixels(stack)
+    check_hu_range(float(voxels.min()), float(voxels.max()), stack.name)
+    volume = canonical_volume(voxels, affine, stack.name)
     return replace(volume, source=_source(stack, root, neighbours))
 
 
@@ -170,6 +176,19 @@ def check_uniform_spacing(positions: ArrayLike, name: str) -> float:
             f"{along.size}; {why}: export the whole series again",
         )
     return float((along[-1] - along[0]) / steps.size)
+
+
+def check_hu_range(low: float, high: float, name: str) -> None:
+    """Refuse values that cannot be HU of a chest.
+
+    Raises:
+        InputError: if there is no air among them, or more than 16 bits hold.
+    """
+    if low > AIR_PRESENT_HU or high > 32767:
+        raise InputError(
+            f"{name}: values run from {low:g} to {high:g}, these are not HU (air is near -1000, water 0): "
+            "export the CT without windowing or scaling"
+        )
 
 
 def is_dicom(path: Path) -> bool:
@@ -248,7 +267,8 @@ class SliceHeader:
         low, high = SPACING_RANGE_MM
         possible = all(low <= mm <= high for mm in self.pixel_mm)
         upright = abs(float(self.orientation[:3] @ self.orientation[3:])) < 0.01
-        return bool(np.isfinite(numbers).all()) and bool(unit) and possible and upright
+        near = bool(np.isfinite(numbers).all()) and float(np.abs(self.position_mm).max()) <= MAX_POSITION_MM
+        return near and bool(unit) and possible and upright
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +303,8 @@ def read_headers(path: Path) -> list[SliceHeader]:
         with path.open("rb") as file:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_TAGS, force=True)
         if "Rows" not in header or "Columns" not in header or "SeriesInstanceUID" not in header:
-            if header.get("SOPClassUID") == CTImageStorage:
+            kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+            if kind in (CTImageStorage, *_ENHANCED):
                 raise ValueError("no rows, columns or series: it is cut off")
             return []
         if header.get("SOPClassUID") in _ENHANCED:
@@ -570,6 +591,8 @@ def _slice_hu(dataset: pydicom.Dataset, one: SliceHeader) -> NDArray[np.int16]:
     """One slice's pixels in HU, padding as -1024."""
     if not np.isfinite([one.slope, one.intercept]).all() or one.slope == 0:
         raise ValueError("no rescale slope and intercept, so the pixels are not in HU")
+    if dataset.BitsAllocated not in (16, 32):
+        raise ValueError(f"a CT has 16 bits a pixel, this one {dataset.BitsAllocated}")
     try:
         stored = pixel_array(dataset, index=one.frame or 0, raw=True)
     except (NotImplementedError, RuntimeError):  # no decoder at hand: GDCM knows the rest

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from scipy import ndimage
 
 from pe_app.errors import InputError
-from pe_app.lungs import Lungs, find_lungs
+from pe_app.lungs import LUNG_AREA_MM2, Lungs, find_lungs
 from pe_app.source_series import SourceSeries, unlike_ct
 from pe_app.volume import Volume
 
@@ -359,8 +359,8 @@ def _check_padding(volume: Volume, lungs: Lungs) -> list[Reason]:
     flat = np.ptp(volume.voxels[:, ::7, ::7], axis=(1, 2)) == 0
     blank = np.flatnonzero(flat)
     if blank.size:
-        first, last = lungs.slice_range or (0, 0)
-        within = bool(((blank > first) & (blank < last)).any())
+        lung = np.flatnonzero(lungs.areas_mm2 >= LUNG_AREA_MM2)  # not the range of the lungs, which a blank slice ends
+        within = bool(lung.size and ((blank > lung[0]) & (blank < lung[-1])).any())
         text = f"{blank.size} of {flat.size} slices are blank, the first is slice {blank[0] + 1}"
         reasons.append(Reason("padding", text + (": export the series again" if within else ""), within))
     corners = volume.voxels[np.ix_(~flat, [0, 1, -2, -1], [0, 1, -2, -1])].astype(np.int16)

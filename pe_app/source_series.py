@@ -25,7 +25,8 @@ FOLDER = Path(".pe", "sources")
 
 
 _PROJECTION = re.compile(
-    r"(?<![a-z])(min ?ip|mip|maximum|minimum|projection image|vrt|volume rendered|ssd)(?![a-z])", re.I
+    r"(?<![a-z])(min ?ip|mip|intensity projection|maximum|minimum|projection image|vrt|volume rendered|ssd)(?![a-z])",
+    re.I,
 )
 _MAP = re.compile(r"iodine|(?<![a-z])(pbv|vnc|vmi map|perfusion|virtual non|lung vessels)(?![a-z])", re.I)
 

@@ -464,6 +464,10 @@ SIDE = [0, 1, 0, 0, 0, -1]
         (None, {"NumberOfFrames": 3}, "share one file"),
         (None, {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "BitsAllocated": 8}, "colour"),
         (None, {"RescaleSlope": None}, r"slice 1 of 5 .*no rescale slope"),
+        (None, {"RescaleIntercept": 1e9}, r"values run from 32767 to 32767, these are not HU"),
+        (None, {"RescaleIntercept": 0}, r"values run from \d+ to \d+, these are not HU"),
+        (None, {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}, r"a CT has 16 bits a pixel, this one 1"),
+        (z_positions(*(1e7 + 2.5 * k for k in range(5))), {}, "lacks a valid position"),
     ],
 )
 def test_a_series_that_is_no_complete_upright_ct_is_refused(write_series, positions, tags, message):
@@ -776,7 +780,7 @@ def test_a_flipped_bit_in_compressed_voxels_is_noticed(tmp_path, name):
         (b"space: left-posterior-superior\n", b"space: scanner-xyz\n", "no space"),
         (b"space: left-posterior-superior\n", b"", "no space"),
         (b"encoding: gzip\n", b"encoding: gzip\ndata file: /etc/passwd\n", "in another file"),
-        (b"sizes: 7 6 5\n", b"sizes: 70000 60000 50000\n", "cannot be|cut off"),
+        (b"sizes: 7 6 5\n", b"sizes: 70000 60000 50000\n", "cannot be|cut off|not read"),
         (b"NRRD000", b"LRRD000", "not an NRRD"),
     ],
 )
@@ -966,3 +970,24 @@ def test_an_end_slice_that_is_still_being_copied_is_noticed(write_series, kept):
     last.rename(last.with_suffix(".dcm")).write_bytes(last.with_suffix(".dcm").read_bytes()[:kept])
     with pytest.raises(InputError, match=rf"{last.name}\.dcm: its {kept} bytes"):
         read_volume(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (b"space directions: (1,0,0) (0,1,0) (0,0,1)", b"space directions: none none none", "place in the patient"),
+        (b"space origin: (0,0,0)", b"space origin: (1e300,0,0)", "its place, .* cannot be"),
+    ],
+)
+def test_an_nrrd_without_a_possible_place_is_refused(tmp_path, field, value, message):
+    header = b"NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: 8 8 8\n" + (
+        b"space directions: (1,0,0) (0,1,0) (0,0,1)\nkinds: domain domain domain\nendian: little\nencoding: raw\n"
+        b"space origin: (0,0,0)\n\n"
+    )
+    voxels = np.full((8, 8, 8), -1000, "<i2").tobytes()
+    (tmp_path / "ct.nrrd").write_bytes(header + voxels)
+    assert read_volume(tmp_path / "ct.nrrd").shape == (8, 8, 8)
+    assert field in header
+    (tmp_path / "ct.nrrd").write_bytes(header.replace(field, value) + voxels)
+    with pytest.raises(InputError, match=message):
+        read_volume(tmp_path / "ct.nrrd")

@@ -278,7 +278,8 @@ class _Import:
                 self.added.append(Study(job.study, job.path, self._patient(members[0].patient)))
             else:
                 fault = outcome.faults.get(name) or InputError("another series of the study was taken")
-                self._add(members, files, "left out" if outcome.taken else "failed", job.study, fault=fault)
+                told = outcome.taken or isinstance(fault, UnfitStudy)
+                self._add(members, files, "left out" if told else "failed", job.study, fault=fault)
 
     def _add(
         self,
