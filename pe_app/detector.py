@@ -65,6 +65,7 @@ class TrainingRecord:
         settings: every setting that differs from nothing: learning rate, batch, losses, seed.
         metrics: validation figures of the published epoch.
         image_sha256: voxels of every study used, so that nobody evaluates on them.
+        patient_sha256: of the ids of their patients, for the same purpose; empty where patients are unknown.
     """
 
     studies: int
@@ -80,14 +81,16 @@ class TrainingRecord:
     settings: Mapping[str, str | int | float | bool | None]
     metrics: Mapping[str, float]
     image_sha256: tuple[str, ...]
+    patient_sha256: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, payload: Mapping[str, object]) -> TrainingRecord:
-        """The record that ``asdict`` and JSON made."""
-        images = payload.get("image_sha256")
-        if not isinstance(images, list):
-            raise TypeError("image_sha256 must be a list")
-        return cls(**{**payload, "image_sha256": tuple(images)})  # type: ignore[arg-type]
+        """The record that ``asdict`` and JSON made, now or before patients were kept."""
+        images, patients = payload.get("image_sha256"), payload.get("patient_sha256", [])
+        if not isinstance(images, list) or not isinstance(patients, list):
+            raise TypeError("image_sha256 and patient_sha256 must be lists")
+        known = {**payload, "image_sha256": tuple(images), "patient_sha256": tuple(patients)}
+        return cls(**known)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,37 @@ class ModelCard:
         return ()
 
 
+@dataclass(frozen=True)
+class Decision:
+    """How stage II's logit becomes a probability, and when a study counts as positive.
+
+    Attributes:
+        temperature: the logit is divided by it (Guo et al. 2017); 1 leaves it as it is.
+        threshold: a study is positive from this probability on.
+        sensitivity: share of the positive validation studies that the threshold was chosen to find; None for the
+            paper's 0.5.
+        studies: labelled validation studies that temperature and threshold were chosen on; 0 for none.
+        positive: how many of them are positive.
+    """
+
+    temperature: float = 1.0
+    threshold: float = THRESHOLD
+    sensitivity: float | None = None
+    studies: int = 0
+    positive: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf") or not 0 <= self.threshold <= 1:
+            raise ValueError(f"a temperature above 0 and a threshold from 0 to 1 are needed, got {self}")
+
+    def __str__(self) -> str:
+        if not self.studies:
+            return ""
+        chosen = f" for sensitivity {self.sensitivity:g}" if self.sensitivity is not None else ""
+        on = f"{self.studies} validation studies, {self.positive} positive"
+        return f"threshold {self.threshold:.3g}{chosen}, temperature {self.temperature:.3g}, chosen on {on}"
+
+
 @dataclass(frozen=True, eq=False)
 class DetectionResult:
     """A detection and its attention volume.
@@ -160,6 +194,7 @@ class Detector:
         card: where the weights come from.
         limits: which studies are refused.
         precision: number format of the networks.
+        decision: how stage II's logit is read.
     """
 
     encoder: SlabEncoder
@@ -168,6 +203,7 @@ class Detector:
     card: ModelCard = field(default_factory=ModelCard)
     limits: QualityLimits = field(default_factory=QualityLimits)
     precision: Precision = "auto"
+    decision: Decision = field(default_factory=Decision)
 
     @classmethod
     def untrained(
@@ -227,8 +263,9 @@ class Detector:
 
     @property
     def identity(self) -> ModelIdentity:
-        """How a detection names this model."""
-        return ModelIdentity(self.card.name, self.card.version, self.sha256, self.card.trained, self.card.date)
+        """How a detection names this model; a decision of its own is told with the version."""
+        version = ", ".join(word for word in (self.card.version, str(self.decision)) if word)
+        return ModelIdentity(self.card.name, version, self.sha256, self.card.trained, self.card.date)
 
     @property
     def device(self) -> torch.device:
@@ -280,7 +317,7 @@ class Detector:
             "analysed",
             reasons,
             probability,
-            THRESHOLD,
+            self.decision.threshold,
             evidence,
             candidates,
             ImageIdentity.of(volume),
@@ -315,7 +352,7 @@ class Detector:
         self.classifier.eval()
         with autocast(self.device, self.precision):
             logit = self.classifier(features[None].to(self.device, torch.float32))
-        return float(logit.float().sigmoid()[0])
+        return float((logit.float() / self.decision.temperature).sigmoid()[0])
 
     @torch.inference_mode()
     def attention(self, features: Tensor) -> NDArray[np.float32]:
@@ -329,7 +366,7 @@ class Detector:
         return self._refused(nothing, (*self.card.reasons(), Reason(error.code, str(error), refuses=True)), {})
 
     def _refused(self, image: ImageIdentity, reasons: tuple[Reason, ...], seconds: Mapping[str, float]) -> Detection:
-        return Detection("refused", reasons, None, THRESHOLD, (), (), image, self.identity, seconds)
+        return Detection("refused", reasons, None, self.decision.threshold, (), (), image, self.identity, seconds)
 
     def _serialised(self, half: bool) -> bytes:
         weights = {}
@@ -345,6 +382,7 @@ class Detector:
             "encoder": asdict(self.encoder.config),
             "classifier": asdict(self.classifier.config),
             "card": asdict(self.card),
+            "decision": asdict(self.decision),
         }
         # one entry: safetensors writes several in random order, and the same detector must be the same bytes
         metadata = {METADATA: json.dumps(settings)}
@@ -387,6 +425,7 @@ def _from_metadata(path: Path, metadata: Mapping[str, str]) -> Detector:
                 StudyClassifier(ClassifierConfig(**settings["classifier"])),
                 SlabConfig(**slabs),
                 ModelCard(**card),
+                decision=Decision(**settings.get("decision", {})),
             )
     except InputError:
         raise

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pe_app.detector import THRESHOLD, Detector, ModelCard
+from pe_app.detector import Decision, Detector, ModelCard
 from pe_app.errors import InputError
 from pe_app.localisation import (
     CellTruth,
@@ -44,7 +44,7 @@ from pe_app.roc import (
     proportion,
 )
 from pe_app.slabs import SlabConfig, study_slabs
-from pe_app.studies import Study
+from pe_app.studies import Study, patient_sha256
 from pe_app.volume import Volume
 from pe_app.volume_io import read_volume
 
@@ -212,6 +212,7 @@ class ModelEvaluation:
         name: how page and tables call it, unique among the evaluated models.
         card: who it is.
         sha256: of the file.
+        decision: its threshold and temperature.
         predictions: one a study of the cohort.
         discrimination: None with fewer than 2 analysed studies of either kind.
         strata: by slice spacing, contrast and kind of truth, where more than one is known.
@@ -224,6 +225,7 @@ class ModelEvaluation:
     name: str
     card: ModelCard
     sha256: str
+    decision: Decision
     predictions: tuple[Prediction, ...]
     discrimination: Discrimination | None
     strata: tuple[Stratum, ...]
@@ -443,9 +445,13 @@ def _identify(
 
 
 def _training_studies(detector: Detector, studies: Sequence[Study], images: Mapping[str, str]) -> tuple[str, ...]:
-    records = (detector.card.encoder, detector.card.classifier)
-    known = {sha256 for record in records if record is not None for sha256 in record.image_sha256}
-    return tuple(study.study for study in studies if images.get(study.study) in known)
+    """Studies whose image, or another study of whose patient, the model was trained on."""
+    records = [record for record in (detector.card.encoder, detector.card.classifier) if record is not None]
+    seen = {sha256 for record in records for sha256 in record.image_sha256}
+    patients = {sha256 for record in records for sha256 in record.patient_sha256}
+    return tuple(
+        study.study for study in studies if images.get(study.study) in seen or patient_sha256(study) in patients
+    )
 
 
 def _refuse_training_studies(leaks: Sequence[tuple[str, ...]], models: Sequence[Path]) -> None:
@@ -453,8 +459,9 @@ def _refuse_training_studies(leaks: Sequence[tuple[str, ...]], models: Sequence[
         if leak:
             others = f" and {len(leak) - 1} more" if len(leak) > 1 else ""
             raise InputError(
-                f"study {leak[0]}{others}: model {model.name} was trained on this image, so its figures would flatter "
-                "it: mark other studies as test in the study list, or say --allow-training-studies to see them anyway"
+                f"study {leak[0]}{others}: model {model.name} was trained on this image or patient, so its figures "
+                "would flatter it: mark other studies as test in the study list, or say --allow-training-studies to "
+                "see them anyway"
             )
 
 
@@ -491,28 +498,39 @@ def _summary(
     analysed = [prediction for prediction in predictions if prediction.status == "analysed"]
     systems = list(dict.fromkeys(system for prediction in analysed for system in prediction.localisation))
     localisation = tuple(_localisation(system, analysed, settings) for system in systems)
-    figures = _discrimination(analysed)
+    threshold = detector.decision.threshold
+    figures = _discrimination(analysed, threshold)
     notes = _notes(analysed, figures, localisation)
     card, sha256 = detector.card, detector.sha256
     return ModelEvaluation(
-        file, name, card, sha256, predictions, figures, _strata(analysed), localisation, training_studies, notes
+        file,
+        name,
+        card,
+        sha256,
+        detector.decision,
+        predictions,
+        figures,
+        _strata(analysed, threshold),
+        localisation,
+        training_studies,
+        notes,
     )
 
 
-def _discrimination(analysed: Sequence[Prediction]) -> Discrimination | None:
+def _discrimination(analysed: Sequence[Prediction], threshold: float) -> Discrimination | None:
     truth = np.array([prediction.positive for prediction in analysed], dtype=bool)
     if truth.sum() < 2 or (~truth).sum() < 2:
         return None
     scores = np.array([prediction.probability for prediction in analysed], dtype=np.float64)
     return Discrimination(
         auc(truth, scores),
-        operating_point(truth, scores, THRESHOLD),
+        operating_point(truth, scores, threshold),
         tuple(Sensitivity(wanted, at_specificity(truth, scores, wanted)) for wanted in SPECIFICITIES),
         calibration(truth, scores),
     )
 
 
-def _strata(analysed: Sequence[Prediction]) -> tuple[Stratum, ...]:
+def _strata(analysed: Sequence[Prediction], threshold: float) -> tuple[Stratum, ...]:
     groups: dict[str, dict[str, list[Prediction]]] = {"slice spacing": {}, "contrast": {}, "truth": {}}
     for prediction in sorted(analysed, key=lambda prediction: prediction.slice_spacing_mm or 0.0):
         spacing = _spacing_stratum(prediction.slice_spacing_mm or 0.0)
@@ -522,7 +540,9 @@ def _strata(analysed: Sequence[Prediction]) -> tuple[Stratum, ...]:
         kind = "study label and reviewed slices" if prediction.study.annotation else "study label only"
         groups["truth"].setdefault(kind, []).append(prediction)
     return tuple(
-        Stratum(group, name, len(members), sum(member.positive for member in members), _discrimination(members))
+        Stratum(
+            group, name, len(members), sum(member.positive for member in members), _discrimination(members, threshold)
+        )
         for group, parts in groups.items()
         if len(parts) > 1 or group == "slice spacing"
         for name, members in parts.items()
@@ -620,7 +640,7 @@ def _compare(first: ModelEvaluation, second: ModelEvaluation) -> Comparison:
     """Paired over the studies that both analysed."""
     other = {prediction.study.study: prediction.probability for prediction in second.analysed}
     shared = [prediction for prediction in first.analysed if prediction.study.study in other]
-    if _discrimination(shared) is None:
+    if _discrimination(shared, first.decision.threshold) is None:
         return Comparison(first.name, second.name, len(shared), None)
     difference = compare_aucs(
         [prediction.positive for prediction in shared],

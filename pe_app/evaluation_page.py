@@ -23,7 +23,6 @@ from sklearn.metrics import roc_curve
 
 import pe_app
 from pe_app.detection import NOTICE
-from pe_app.detector import THRESHOLD
 from pe_app.evaluation import MODEL, Estimate, Evaluation, Localisation, ModelEvaluation
 from pe_app.evaluation_pictures import BACKGROUND, INK, MUTED, draw_pictures
 from pe_app.files import replacing, write_durably
@@ -113,7 +112,11 @@ def predictions_csv(evaluation: Evaluation) -> str:
     for model in evaluation.models:
         for entry in model.predictions:
             look = entry.localisation.get(MODEL)
-            called = "" if entry.probability is None else ("negative", "positive")[entry.probability >= THRESHOLD]
+            called = (
+                ""
+                if entry.probability is None
+                else ("negative", "positive")[entry.probability >= model.decision.threshold]
+            )
             row = (
                 entry.study.study,
                 entry.study.patient,
@@ -262,9 +265,10 @@ def _results(evaluation: Evaluation) -> Section:
     if analysed:
         share = sum(analysed) / len(analysed)
         text.append(
-            f"A study is called positive at probability {THRESHOLD:g} or above. {share:.0%} of the analysed studies "
-            f"are positive: PPV, NPV and accuracy hold for that share only, and always answering the same would have "
-            f"an accuracy of {max(share, 1 - share):.2f}. Intervals are 95%: DeLong for AUC, Wilson for shares."
+            "A study is called positive at or above the model's threshold (see Models). "
+            f"{share:.0%} of the analysed studies are positive: PPV, NPV and accuracy hold for that share only, and "
+            f"always answering the same would have an accuracy of {max(share, 1 - share):.2f}. Intervals are 95%: "
+            "DeLong for AUC, Wilson for shares."
         )
     return Section("Positive or negative?", tuple(text), Table(head, tuple(rows)))
 
@@ -385,8 +389,10 @@ def _models(evaluation: Evaluation) -> Section:
         if record:
             kind = "simulated or painted emboli" if record.synthetic else "real emboli"
             trained = f"{record.studies} studies ({record.positive} positive), {kind}, {record.date[:10]}"
-        rows.append((model.name, f"{model.card.name} {model.card.version}", trained, model.file.name, model.sha256))
-    return Section("Models", table=Table(("model", "card", "trained on", "file", "SHA-256"), tuple(rows)))
+        card = f"{model.card.name} {model.card.version}"
+        decision = str(model.decision) or f"threshold {model.decision.threshold:g}, not calibrated"
+        rows.append((model.name, card, trained, decision, model.file.name, model.sha256))
+    return Section("Models", table=Table(("model", "card", "trained on", "decision", "file", "SHA-256"), tuple(rows)))
 
 
 def _draw_roc(axes: Axes, evaluation: Evaluation) -> None:
@@ -410,7 +416,7 @@ def _draw_roc(axes: Axes, evaluation: Evaluation) -> None:
     if all(model.discrimination is None for model in evaluation.models):
         _say(axes, "needs at least 2 positive\nand 2 negative studies")
     else:
-        _say_below_title(axes, f"dot: threshold {THRESHOLD:g}, with 95% intervals")
+        _say_below_title(axes, "dot: the model's threshold, with 95% intervals")
 
 
 def _draw_calibration(axes: Axes, evaluation: Evaluation) -> None:
@@ -502,6 +508,7 @@ def _model_metrics(model: ModelEvaluation) -> dict[str, object]:
     }
     figures = model.discrimination
     payload |= {
+        "decision": asdict(model.decision),
         "auc": figures.auc.value if figures else None,
         "auc_low": figures.auc.low if figures else None,
         "auc_high": figures.auc.high if figures else None,

@@ -107,6 +107,14 @@ def label_only(studies: Sequence[Study]) -> tuple[Study, ...]:
     return tuple(study for study in studies if study.annotation is None)
 
 
+def patient_sha256(study: Study) -> str:
+    """Identity of a study's patient that a model file may carry; "" where the patient is unknown.
+
+    Whoever knows an id can tell whether it is among those of a model; ids themselves cannot be read from it.
+    """
+    return hashlib.sha256(f"patient\0{study.patient}".encode()).hexdigest() if study.patient else ""
+
+
 def split_studies(studies: Sequence[Study], validation_fraction: float = 0.2, seed: int = 0) -> tuple[Study, ...]:
     """Fill the splits that are not decided yet with train or validation.
 

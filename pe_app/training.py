@@ -42,7 +42,7 @@ from pe_app.losses import AttentionLoss, attention_loss
 from pe_app.progress import ProgressCallback, silent
 from pe_app.slab_encoder import EncoderConfig, SlabEncoder
 from pe_app.slabs import SlabConfig
-from pe_app.studies import Label, Split, Study, split_studies
+from pe_app.studies import Label, Split, Study, patient_sha256, split_studies
 from pe_app.study_classifier import ClassifierConfig
 from pe_app.training_loop import Columns, Schedule, derived_seed, fit
 from pe_app.training_run import TrainingRun, git_revision, utc_now
@@ -454,6 +454,7 @@ def training_record(
         settings=settings,
         metrics={name: value for name, value in run.state.best.items() if name != "epoch" and math.isfinite(value)},
         image_sha256=tuple(sorted({file.image_sha256 for file in files})),
+        patient_sha256=tuple(sorted({patient_sha256(source.study) for source in sources if source.study.patient})),
     )
     return json.dumps(asdict(record))
 

@@ -13,7 +13,7 @@ from small_studies import SLABS, small_chest, small_studies
 from pe_app.baselines.cnn3d import CNN3DConfig
 from pe_app.baselines.penet import PENetConfig
 from pe_app.comparison.page import rows, write_comparison
-from pe_app.comparison.run import Outcome, compare
+from pe_app.comparison.run import Outcome, compare, finished
 from pe_app.comparison.systems import SYSTEMS, Plan, choose_systems, core_studies
 from pe_app.detector import Detector
 from pe_app.errors import InputError
@@ -100,6 +100,7 @@ def test_the_table_is_that_of_scikit_learn(compared):
 
 def test_a_finished_comparison_is_returned_at_once_and_another_plan_is_refused(compared, listed, monkeypatch):
     out, outcomes = compared
+    assert set(finished(out)) == set(outcomes)
     monkeypatch.setattr("pe_app.comparison.run.train_encoder", None)
     assert compare(listed, out, choose_systems(NAMES), TINY, 1, listed[0].path.parent / "masks") == outcomes
     with pytest.raises(InputError, match="another settings"):

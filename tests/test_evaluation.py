@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import pe_app.detector
 from pe_app.cli import app
-from pe_app.detector import Detector, ModelCard, TrainingRecord
+from pe_app.detector import Decision, Detector, ModelCard, TrainingRecord
 from pe_app.errors import InputError
 from pe_app.evaluation import (
     GAUSSIAN,
@@ -27,7 +27,7 @@ from pe_app.evaluation_page import metrics, predictions_csv, report, warnings_of
 from pe_app.looking import Look, StudyTruth, localise
 from pe_app.progress import Cancelled
 from pe_app.quality import Reason
-from pe_app.studies import Study, write_studies
+from pe_app.studies import Study, patient_sha256, write_studies
 from pe_app.volume import Volume, axial_affine
 from pe_app.volume_io import write_volume
 
@@ -59,7 +59,7 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def every_chest_is_good(monkeypatch):
     """Small chests hold no enhanced heart; the quality check has its own tests."""
-    monkeypatch.setattr(pe_app.detector, "check_study", lambda volume, limits: ())
+    monkeypatch.setattr(pe_app.detector, "check_study", lambda *_: ())
 
 
 @pytest.fixture
@@ -148,11 +148,37 @@ def test_a_study_of_the_models_training_is_refused_by_name_or_shown_loudly(chest
     assert metrics(evaluation, "")["models"][0]["training_studies"] == ["study3"]
 
 
+def test_another_study_of_a_training_patient_is_refused_by_name(chests, tmp_path):
+    detector = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
+    patients = (patient_sha256(Study("other", tmp_path, "patient4")),)
+    record = TrainingRecord(1, 0, 0, True, 1, 1, 1.0, "cpu", "2026-01-01T00:00:00Z", "", {}, {}, (), patients)
+    detector.card = ModelCard("trained", "1", record, record)
+    detector.save(tmp_path / "trained.safetensors")
+    with pytest.raises(InputError, match=r"study study4: .* was trained on this image or patient"):
+        evaluate(chests, [tmp_path / "trained.safetensors"], tmp_path / "out", settings=QUICK)
+
+
+def test_a_models_own_threshold_is_used_and_told(chests, models, tmp_path):
+    probabilities = [
+        entry.probability for entry in evaluate(chests, models[:1], tmp_path / "a", None, QUICK).models[0].predictions
+    ]
+    detector = Detector.load(models[0])
+    detector.decision = Decision(1.0, sorted(probabilities)[1], 0.9, 20, 10)
+    detector.save(tmp_path / "chosen.safetensors")
+    evaluation = evaluate(chests, [tmp_path / "chosen.safetensors"], tmp_path / "b", None, QUICK)
+    rows = list(csv.DictReader(predictions_csv(evaluation).splitlines()))
+    assert [row["called"] for row in rows].count("positive") == 5
+    point = metrics(evaluation, "")["models"][0]["operating_point"]
+    assert point["threshold"] == sorted(probabilities)[1]
+    page = web_page(warnings_of(evaluation), report(evaluation), "")
+    assert "for sensitivity 0.9, temperature 1, chosen on 20 validation studies, 10 positive" in page
+
+
 def test_one_bad_study_never_stops_the_others(chests, models, tmp_path, monkeypatch):
     monkeypatch.setattr(
         pe_app.detector,
         "check_study",
-        lambda volume, limits: (Reason("no_contrast", "blood is dark", True),) if volume.name == "1.nrrd" else (),
+        lambda volume, *_: (Reason("no_contrast", "blood is dark", True),) if volume.name == "1.nrrd" else (),
     )
     (tmp_path / "torn.nrrd").write_bytes(b"NRRD0004\n")
     (tmp_path / "copy.nrrd").write_bytes(chests[0].path.read_bytes())

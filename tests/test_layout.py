@@ -23,7 +23,7 @@ READING_ORDER = (
     *("slab_encoder", "study_classifier", "losses", "detector", "result_files", "worklist", "batch"),
     *("dicom_results", "segmentation_import", "bundle"),
     *("datasets", "training_run"),
-    *("training_loop", "training", "fine_tuning", "roc", "localisation", "baselines"),
+    *("training_loop", "training", "fine_tuning", "roc", "calibrating", "localisation", "baselines"),
     *("looking", "prediction_file", "evaluation", "evaluation_pictures", "evaluation_page"),
     *("review", "report_labels", "phantom", "comparison", "demo", "bench", "cli", "starter"),
 )

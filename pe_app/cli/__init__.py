@@ -15,7 +15,7 @@ import typer
 import pe_app
 from pe_app.allocation import keep_freed_memory
 from pe_app.cli.bench import bench
-from pe_app.cli.cohort import compare, evaluate, label_reports, phantom
+from pe_app.cli.cohort import calibrate, compare, evaluate, label_reports, phantom
 from pe_app.cli.detecting import detect
 from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
@@ -57,6 +57,7 @@ app.command()(phantom)
 app.command()(label_reports)
 app.command()(evaluate)
 app.command()(compare)
+app.command()(calibrate)
 app.command()(serve)
 labels_app.command("list")(list_labels)
 labels_app.command("show")(show_label)

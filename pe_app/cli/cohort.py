@@ -123,7 +123,8 @@ def compare(
 
     from pe_app.comparison.page import summary, write_comparison
     from pe_app.comparison.run import compare as train_and_ask
-    from pe_app.comparison.systems import Plan, choose_systems, small_plan
+    from pe_app.comparison.run import finished
+    from pe_app.comparison.systems import SYSTEMS, Plan, choose_systems, small_plan
     from pe_app.phantom.benchmark import read_truth_table
     from pe_app.studies import read_studies
 
@@ -134,10 +135,30 @@ def compare(
         plan = replace(plan, classifier=replace(plan.classifier, epochs=classifier_epochs))
     chosen = choose_systems([name.strip() for name in systems.split(",") if name.strip()])
     masks = studies.parent / "masks"
+    try:
+        with progress_bars() as progress:
+            train_and_ask(
+                read_studies(studies), out, chosen, plan, seeds, masks if masks.is_dir() else None, synthetic, progress
+            )
+    finally:  # what an interrupted call has finished is shown, too
+        outcomes = finished(out)
+        if outcomes:
+            truth = read_truth_table(studies.parent / "truth.csv")
+            typer.echo("\n".join(summary(write_comparison(outcomes, SYSTEMS, out, truth, synthetic))))
+            typer.echo(f"Open {out / 'index.html'}. Research use only, not for diagnosis.")
+
+
+def calibrate(
+    studies: StudyList,
+    model: Annotated[Path, typer.Option("--model", help="A model with both stages trained.")],
+    out: Annotated[Path, typer.Option(help="The calibrated model; may be the same file.")],
+    sensitivity: Annotated[float | None, typer.Option(help="Share of positive validation studies that the threshold "
+                                                      "is to find. [default: the threshold stays 0.5]")] = None,
+) -> None:  # fmt: skip
+    """Choose a model's temperature and threshold on the validation studies of a list and keep them in its file."""
+    from pe_app.calibrating import calibrate as choose
+    from pe_app.studies import read_studies
+
     with progress_bars() as progress:
-        outcomes = train_and_ask(
-            read_studies(studies), out, chosen, plan, seeds, masks if masks.is_dir() else None, synthetic, progress
-        )
-    table = write_comparison(outcomes, chosen, out, read_truth_table(studies.parent / "truth.csv"), synthetic)
-    typer.echo("\n".join(summary(table)))
-    typer.echo(f"Open {out / 'index.html'}. Research use only, not for diagnosis.")
+        decision = choose(read_studies(studies), model, out, sensitivity, progress)
+    typer.echo(f"{out}: {decision}. Now measure on test studies: pe-app evaluate --model {out} ...")

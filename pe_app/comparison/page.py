@@ -115,8 +115,8 @@ def write_comparison(
     first = outcomes[0]
     positive = sum(first.labels)
     text = (
-        f"{len(first.labels)} test studies, {positive} positive; {len(table[0].aucs)} seeds. AUC: mean over the seeds, "
-        "95% interval of the choice of studies (DeLong), then of the seeds (Student's t). Difference: to scenario 3 on "
+        f"{len(first.labels)} test studies, {positive} positive. AUC: mean over the seeds, 95% interval of the choice "
+        "of studies (DeLong), then of the seeds (Student's t). Difference: to scenario 3 on "
         "the same studies and seeds, paired DeLong; p is not corrected for several comparisons.",
         "Pointing: the attention's maximum lies on an embolism. AUC, tiny: studies whose only embolus is the smallest "
         "of several, against the negative ones. AUC for the irrelevant: how well the probability tells what goes with "
@@ -204,7 +204,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.system.title,
         f"{row.auc.value:.3f} ({row.auc.low:.3f} to {row.auc.high:.3f})",
-        f"{row.seeds.low:.3f} to {row.seeds.high:.3f}" if row.seeds else "one seed",
+        f"{row.seeds.low:.3f} to {row.seeds.high:.3f} ({len(row.aucs)} seeds)" if row.seeds else "one seed",
         f"{row.accuracy:.3f}",
         f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})" if gap else "",
         f"{gap.p_value:.2g}" if gap else "",

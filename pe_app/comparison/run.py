@@ -124,6 +124,13 @@ def compare(
     return tuple(outcomes)
 
 
+def finished(out: Path) -> tuple[Outcome, ...]:
+    """All outcomes that a folder holds, by seed, whichever calls made them."""
+    paths = sorted(out.glob("seed*/*/outcome.json"))
+    outcomes = [Outcome.from_json(json.loads(path.read_text())) for path in paths]
+    return tuple(sorted(outcomes, key=lambda outcome: outcome.seed))
+
+
 class _Bench:
     """One seed: trains, asks, keeps."""
 
