@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import pe_app
+from pe_app.candidate_places import place_candidates
 from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
 from pe_app.device import Precision, autocast, best_device
 from pe_app.errors import InputError, UnfitStudy
@@ -309,7 +310,8 @@ class Detector:
             detection_maps = normalised(torch.from_numpy(raw)).numpy()
             evidence = _evidence(slabs, raw, slab_probability)
             grid = slabs.to_volume(detection_maps)
-            candidates = find_candidates(detection_maps, slab_probability, grid, slabs.slice_index.tolist())
+            found = find_candidates(detection_maps, slab_probability, grid, slabs.slice_index.tolist())
+            candidates = place_candidates(found, volume, lungs)
             extent = estimate_extent(detection_maps, slab_probability, grid)
             weighted = np.rint(255 * detection_maps * slab_probability[:, None, None]).astype(np.uint8)
         seconds["total"] = time.perf_counter() - begin
