@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from pe_app.cli.options import EXIT_REFUSED, ArchiveUser, CaFile, Model, PasswordFile, archive_access, progress_bars
+from pe_app.cli.options import (
+    EXIT_REFUSED,
+    Accept,
+    ArchiveUser,
+    CaFile,
+    Limits,
+    Model,
+    PasswordFile,
+    Refuse,
+    archive_access,
+    progress_bars,
+)
 from pe_app.cli.results import Dicom, Send, dicom_publisher
 from pe_app.errors import InputError, UnfitStudy
 
@@ -37,6 +48,9 @@ def detect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the detection as JSON; of many, a line each.")] = False,
     series: Annotated[str | None, typer.Option(help="Series Instance UID, where the folder holds several.")] = None,
     full_resolution: Annotated[bool, typer.Option(help="Also write the attention on the CT's grid.")] = False,
+    accept: Accept = None,
+    refuse: Refuse = None,
+    limits: Limits = None,
     dicom: Dicom = False,
     send: Send = "",
     user: ArchiveUser = "",
@@ -50,6 +64,7 @@ def detect(
     """
     from pe_app.batch import find_studies
     from pe_app.detector import Detector, default_model
+    from pe_app.quality import read_limits
 
     found = find_studies(studies)
     if series and not found.single:
@@ -57,6 +72,7 @@ def detect(
     publish = dicom_publisher(dicom, archive_access(send, user, password_file, ca) if send else None)
     chosen = model or default_model()
     detector = Detector.load(chosen) if chosen else Detector.untrained()
+    detector.limits = read_limits(limits, accept or (), refuse or ())
     if found.single:
         _one(found.studies[0], detector, out, series, publish, as_json=as_json, full_resolution=full_resolution)
     else:
