@@ -283,8 +283,13 @@ def test_stock_clients_work_on_an_archive_and_nothing_waits_for_it(orthanc, tmp_
         fetch = threading.Thread(target=server.request, args=("GET", "/datastore/image?image=1.2.2"))
         try:
             fetch.start()
-            while "fetched from" not in server.json("GET", "/pe/worklist")["studies"][1]["reason"]:
+            for _ in range(200):
+                reasons = [row["reason"] for row in server.json("GET", "/pe/worklist")["studies"]]
+                if "being fetched from the archive: 0 of unknown slices" in reasons:
+                    break
                 time.sleep(0.1)
+            else:
+                pytest.fail(f"nothing is being fetched: {reasons}")
             assert client.info()["name"] == "Pulmonary embolism"
             assert fetch.is_alive()
         finally:

@@ -1,58 +1,31 @@
-"""Verbs for one study after another: detect, serve, demo."""
+"""Verbs for readers: serve, demo."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
-from pe_app.cli.options import EXIT_REFUSED, Model, progress_bars
+from pe_app.cli.options import (
+    ArchiveUser,
+    CaFile,
+    Date,
+    Description,
+    Model,
+    PasswordFile,
+    Patient,
+    archive_access,
+    archive_query,
+    progress_bars,
+)
 from pe_app.cli.tokens import DEFAULT_FILE
 
 
-def detect(
-    study: Annotated[Path, typer.Argument(help="DICOM folder, .nii, .nii.gz or .nrrd of one chest CT.")],
-    model: Model = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for detection.json, attention.nrrd, review.png, "
-                                                  "index.html. [default: ./STUDY-detection]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the detection as JSON.")] = False,
-    series: Annotated[str | None, typer.Option(help="Series Instance UID, where the folder holds several.")] = None,
-    full_resolution: Annotated[bool, typer.Option(help="Also write the attention on the CT's grid.")] = False,
-) -> None:  # fmt: skip
-    """Probability of embolism of one study, with the evidence and where to look."""
-    from pe_app.detector import Detector, default_model
-    from pe_app.result_files import verdict, write_result
-    from pe_app.volume_io import read_volume
-
-    volume = read_volume(study, series=series)
-    chosen = model or default_model()
-    detector = Detector.load(chosen) if chosen else Detector.untrained()
-    with progress_bars() as progress:
-        result = detector.detect(volume, progress)
-    name = study.resolve().name
-    folder = out or Path(f"{name.split('.')[0]}-detection")
-    write_result(result, volume, folder, name, full_resolution=full_resolution)
-    detection = result.detection
-    if as_json:
-        typer.echo(json.dumps(detection.to_json()))
-    else:
-        typer.echo(verdict(detection))
-        for reason in detection.reasons:
-            typer.echo(f"  {reason.code}: {reason.message}")
-        for candidate in detection.candidates[:5]:
-            typer.echo(
-                f"  look at slice {candidate.slice_index} (z {candidate.z_mm:.0f} mm), "
-                f"slab probability {candidate.slab_probability:.2f}"
-            )
-        typer.echo(f"Written to {folder}. Research use only, not for diagnosis.")
-    if detection.status == "refused":
-        raise typer.Exit(EXIT_REFUSED)
-
-
 def serve(
-    studies: Annotated[Path, typer.Argument(help="Folder of .nrrd, .nii.gz or .nii studies; labels are kept in it.")],
+    studies: Annotated[str, typer.Argument(help="Folder of .nrrd, .nii.gz or .nii studies; labels are kept in it. "
+                                                "Or the address of an archive: https://pacs.example/dicom-web")],
     host: Annotated[str, typer.Option(help="An address of this machine; others than 127.0.0.1 need tokens.")] = (
         "127.0.0.1"
     ),
@@ -68,9 +41,20 @@ def serve(
                                                               "given several times.")] = None,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 1024,
     detection_minutes: Annotated[float, typer.Option(min=0.1, help="A detection that takes longer is stopped.")] = 10,
+    cache: Annotated[Path | None, typer.Option(help="Of an archive: folder for fetched studies, and for labels and "
+                                                    "models, which stay. [default: ./HOST-studies]")] = None,
+    cache_gb: Annotated[float, typer.Option(min=1, help="Of an archive: keep so much of what was fetched; studies "
+                                                        "with labels always stay.")] = 50,
+    user: ArchiveUser = "",
+    password_file: PasswordFile = None,
+    ca: CaFile = None,
+    patient: Patient = "",
+    date: Date = "",
+    description: Description = "",
 ) -> None:  # fmt: skip
     """The MONAI Label server for Slicer: detections, sparse annotations, active learning, training."""
     import pe_monailabel  # noqa: F401 - puts the app's own modules on the path
+    from lib.archive import ArchiveSettings
     from lib.door import Door
     from lib.guard import is_loopback
 
@@ -80,7 +64,13 @@ def serve(
     door.check(host)  # before torch is loaded
     from lib.server import serve as serve_studies
 
-    serve_studies(studies, host, port, model, door, 60 * detection_minutes)
+    if "://" not in studies:
+        serve_studies(Path(studies), host, port, model, door, 60 * detection_minutes)
+        return
+    access = archive_access(studies, user, password_file, ca)
+    archive = ArchiveSettings(access, archive_query(patient, date, description), cache_gb)
+    folder = cache or Path(f"{urlsplit(studies).hostname}-studies")
+    serve_studies(folder, host, port, model, door, 60 * detection_minutes, archive)
 
 
 def demo(

@@ -247,9 +247,9 @@ class ArchiveStore(StudyStore):
         if self.image_path(image_id).is_file():
             return super().not_examined(image_id)
         fetching = self._fetching.get(image_id)
-        if fetching:
-            return f"being fetched from the archive: {fetching.done} of {fetching.total} slices"
-        return "in the archive; fetched on first use"
+        if fetching is None:
+            return "in the archive; fetched on first use"
+        return f"being fetched from the archive: {fetching.done} of {fetching.total or 'unknown'} slices"
 
     def to_examine(self) -> list[str]:
         """CTs that are here and that nobody looked at yet: a look in the background does not fetch the archive."""
@@ -308,10 +308,11 @@ class ArchiveStore(StudyStore):
 
     @contextmanager
     def _counting(self, study: str) -> Iterator[None]:
+        self._fetching[study] = Progress("fetch from the archive", 0, 0)
         try:
             yield
         finally:
-            self._fetching.pop(study, None)
+            del self._fetching[study]
 
     def _take_first_usable(
         self, study: str, series: Sequence[ArchiveSeries], path: Path, progress: ProgressCallback
