@@ -30,6 +30,8 @@ from lib.store import StudyStore
 from lib.train import StageTask, Trainings
 
 PROGRESS = Progress("train", 1, 2)
+PATIENCE = 800
+"""Seconds, for a machine that does other things too."""
 SETTINGS = {"matrix": 64, "crop": 64, "slab_count": 6, "width": 8, "filters": 4, "batch": 8, "synthetic": True}
 
 
@@ -72,7 +74,7 @@ def server(studied, monkeypatch):
         queue.close()
 
 
-def ended(queue, seconds=240):
+def ended(queue, seconds=PATIENCE):
     """The last task, once it has ended."""
     deadline = time.monotonic() + seconds
     while queue.tasks()[-1].status in ("SUBMITTED", "RUNNING"):
@@ -124,6 +126,7 @@ def test_settings_that_cannot_be_used_are_named(task, said):
         task.settings(said)
 
 
+@pytest.mark.timeout(2 * PATIENCE)
 def test_a_training_publishes_its_model_another_waits_and_a_third_is_sent_away(studied, server):
     queue = server()
     first = queue.submit("encoder", {**SETTINGS, "epochs": 2}, "ann", enqueue=False)
@@ -149,6 +152,7 @@ def test_a_training_publishes_its_model_another_waits_and_a_third_is_sent_away(s
     assert [(task.id, task.status) for task in again.tasks()] == [(task.id, task.status) for task in queue.tasks()]
 
 
+@pytest.mark.timeout(2 * PATIENCE)
 def test_a_training_whose_server_is_killed_stops_at_its_next_step_and_the_same_request_goes_on(studied, server):
     asked = {**SETTINGS, "epochs": 6, "seed": 1}
     pid = os.fork()
@@ -159,7 +163,7 @@ def test_a_training_whose_server_is_killed_stops_at_its_next_step_and_the_same_r
         finally:
             os._exit(1)
     runs = studied.private / "runs"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     run = None
     while run is None or epochs_of(studied, run) < 1:
         assert time.monotonic() < deadline
@@ -187,10 +191,11 @@ def test_a_training_whose_server_is_killed_stops_at_its_next_step_and_the_same_r
     assert len(list(runs.glob("encoder-*"))) <= lib.train.KEPT_RUNS
 
 
+@pytest.mark.timeout(2 * PATIENCE)
 def test_a_training_that_is_stopped_says_so_and_one_that_cannot_begin_says_why(studied, server):
     queue = server()
     queue.submit("encoder", {**SETTINGS, "epochs": 500, "seed": 2}, "ann", enqueue=False)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not (queue.tasks()[-1].run and epochs_of(studied, queue.tasks()[-1].run)):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -6,6 +6,7 @@ The choice itself is ``pe_app.review``'s; here it meets the store, the detection
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 import uuid
@@ -26,6 +27,8 @@ from monailabel.interfaces.tasks.strategy import Strategy as StrategyTask
 from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.review import SliceToReview, Strategy, StudyState, rank_studies, slices_to_review
+
+logger = logging.getLogger(__name__)
 
 LEASE_MINUTES = 30
 ANONYMOUS = "anonymous"
@@ -114,7 +117,10 @@ class Leases:
     def _keep(self, held: Mapping[str, Lease]) -> None:
         self._held = {study: lease for study, lease in held.items() if lease.until > time.time()}
         content = {study: (lease.reader, lease.until) for study, lease in self._held.items()}
-        write_durably(self._path, json.dumps(content))
+        try:
+            write_durably(self._path, json.dumps(content))
+        except OSError:
+            logger.exception("leases are kept in memory only")
 
 
 class Worklist:

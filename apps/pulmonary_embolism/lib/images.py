@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 VOLUMES_IN_MEMORY = 2
 """A CT of 512 x 512 x 800 takes 420 MB; two cover a reader and a detection at the same time."""
 
+READ_AT_ONCE = 2
+"""One that is examined in the background and one that a reader waits for."""
+
 GONE = "the file is gone"
 
 
@@ -63,7 +66,8 @@ class Images:
         self._folder = folder
         self._volumes: OrderedDict[tuple[object, ...], Volume] = OrderedDict()
         self._facts: dict[str, tuple[list[object], ImageFacts]] = {}
-        self._reading = threading.Lock()
+        self._lock = threading.Lock()
+        self._slots = threading.Semaphore(READ_AT_ONCE)
 
     def volume(self, path: Path) -> Volume:
         """The CT of a file.
@@ -71,15 +75,27 @@ class Images:
         Raises:
             InputError: if it cannot be read.
         """
-        key = (path, *_stamp(path))
-        with self._reading:  # one at a time: two readers of the same CT must not hold it twice in memory
-            if key not in self._volumes:
-                volume = read_volume(path)
+        held = self._held(path)
+        if held is not None:
+            return held
+        with self._slots:
+            held = self._held(path)  # whoever waited for the same CT
+            if held is not None:
+                return held
+            key = _key(path)
+            volume = read_volume(path)
+            with self._lock:
                 while len(self._volumes) >= VOLUMES_IN_MEMORY:
                     self._volumes.popitem(last=False)
                 self._volumes[key] = volume
-            self._volumes.move_to_end(key)
-            return self._volumes[key]
+        return volume
+
+    def _held(self, path: Path) -> Volume | None:
+        key = _key(path)
+        with self._lock:
+            if key in self._volumes:
+                self._volumes.move_to_end(key)
+            return self._volumes.get(key)
 
     def facts(self, study: str, path: Path) -> ImageFacts:
         """The facts of a CT, examined now if nobody did before."""
@@ -89,7 +105,10 @@ class Images:
         stamp = _stamp(path)
         facts = self._examine(path)
         record = {"stamp": stamp, **asdict(facts)}
-        write_durably(self._folder / f"{study}.json", json.dumps(record))
+        try:
+            write_durably(self._folder / f"{study}.json", json.dumps(record))
+        except OSError:
+            logger.exception("what is known of study %s is kept in memory only", study)
         self._facts[study] = (stamp, facts)
         return facts
 
@@ -129,7 +148,10 @@ class Images:
 
     def _examine(self, path: Path) -> ImageFacts:
         try:
-            volume = self.volume(path)
+            volume = self._held(path)
+            if volume is None:
+                with self._slots:
+                    volume = read_volume(path)  # not kept: thousands are examined while readers work on theirs
             schedule = slice_schedule(volume)
         except InputError as error:
             logger.warning("%s", error)
@@ -144,6 +166,13 @@ class Images:
             (float(z_mm[0]), float(z_mm[-1])),
             refused[0] if refused else "",
         )
+
+
+def _key(path: Path) -> tuple[object, ...]:
+    try:
+        return (path, *_stamp(path))
+    except OSError as error:
+        raise InputError(f"{path.name}: cannot be read: {error.strerror}") from error
 
 
 def _stamp(path: Path) -> list[object]:

@@ -289,7 +289,10 @@ class Trainings:
     def _keep(self, task: Task) -> None:
         tasks = {**self._tasks, task.id: task}
         self._tasks = dict(list(tasks.items())[-KEPT_TASKS:])
-        write_durably(self._path, json.dumps([asdict(task) for task in self._tasks.values()], indent=1))
+        try:
+            write_durably(self._path, json.dumps([asdict(task) for task in self._tasks.values()], indent=1))
+        except OSError:
+            logger.exception("the list of trainings is kept in memory only")
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:
