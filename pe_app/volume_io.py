@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 """Files that hold one volume."""
-MAX_VOXELS = 2**30
-"""Four times 512 x 512 x 1024: more is a damaged header, not a chest."""
-MAX_BYTES = 2**31
-"""What a file may unpack to: a few megabytes of gzip can promise any amount."""
+MAX_VOXELS = 2**29
+"""512 x 512 x 2048: more is a damaged header, not a chest."""
+MAX_BYTES = 2**30
+"""What a file may unpack to: a megabyte of gzip can promise any amount, and reading takes twice that memory."""
 
 _NRRD_SPACES = {
     "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
@@ -329,7 +329,7 @@ _NRRD_BYTES = {
 def _check_data(stream: BufferedIOBase, expected: int, floats: np.dtype[np.generic] | None, name: str) -> None:
     """Read ``expected`` bytes and one more, so that a compressed stream checks its sum; floats are to be finite."""
     if expected > MAX_BYTES:
-        raise TooLarge(f"{name}: unpacks to {expected / 2**30:.1f} GiB, more than 2 are not read: save it as 16-bit")
+        raise TooLarge(f"{name}: unpacks to {expected / 2**30:.1f} GiB, more than 1 is not read: save it as 16-bit")
     present = 0
     while present <= expected and (chunk := stream.read(1 << 20)):
         present += len(chunk)

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     """Also a body that could not be read because the disk is full, which FastAPI takes for a bad request."""
     if isinstance(error.__cause__, OSError):
         return _unknown_error(request, error.__cause__)
+    if error.detail == HTTPStatus(error.status_code).phrase:  # no route's own words
+        error.detail = f"{request.method} {request.url.path} is not served here; /openapi.json lists what is"
     return await http_exception_handler(request, error)
 
 
