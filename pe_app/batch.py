@@ -75,12 +75,14 @@ class BatchStudy:
         path: what ``read_volume`` takes.
         series: SeriesInstanceUID, where the folder holds several.
         fingerprint: changes when the source does; "" takes names, sizes and times of the files at ``path``.
+        error: why it could not be had: then nothing is read, and this is what became of it.
     """
 
     study: str
     path: Path
     series: str | None = None
     fingerprint: str = ""
+    error: InputError | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +296,8 @@ class _Batch:
     def _read(self, opened: _Opened) -> _Opened:
         begin = time.monotonic()
         try:
+            if opened.study.error is not None:
+                raise opened.study.error
             volume = read_volume(opened.study.path, series=opened.study.series)
             return replace(opened, volume=volume, read_seconds=time.monotonic() - begin)
         except UnfitStudy as error:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -29,9 +31,11 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from requests.auth import HTTPBasicAuth
 
+from pe_app.dicom_series import arrange, read_headers
 from pe_app.errors import InputError
 from pe_app.files import making_folder
 from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.source_series import unlike_ct
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -45,6 +49,9 @@ MAX_JSON_BYTES = 64 << 20
 """A page of 500 series takes about 1 MB; what is far larger is no answer to a query."""
 BATCH_BYTES = 32 << 20
 """Instances are sent together up to this size: few requests for many small ones, little memory for large ones."""
+
+MIN_SLICES = 20
+"""A series with fewer is a localizer, a dose sheet or a measurement of the contrast, and no chest."""
 
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _RETURNED = ("00080020", "00080030", "00081030", "0008103E", "00100020", "00200011", "00201209")
@@ -188,6 +195,46 @@ class Archive:
                 one = self._listed(item)
                 found.setdefault((one.study, one.series), one)
         return tuple(found.values())
+
+    def studies(self, query: Mapping[str, str] | None = None) -> dict[str, tuple[ArchiveSeries, ...]]:
+        """Studies that hold a chest's worth of CT, in the order of their dates, each with its series, best first.
+
+        Best are those with most slices, projections and maps last; of equal ones the first made, as in DICOM folders.
+
+        Args:
+            query: as for ``series``.
+        """
+        found: defaultdict[str, list[ArchiveSeries]] = defaultdict(list)
+        for one in sorted(self.series(query), key=lambda one: (one.date, one.study)):
+            if one.instances >= MIN_SLICES or not one.instances:
+                found[one.study].append(one)
+        return {study: tuple(sorted(series, key=_order_of_choice)) for study, series in found.items()}
+
+    def retrieve_study(
+        self, series: Sequence[ArchiveSeries], folder: Path, progress: ProgressCallback = silent
+    ) -> ArchiveSeries:
+        """Fetch the first of a study's series that is one even axial stack, judged by its headers.
+
+        Args:
+            series: in order of choice, at least one.
+            folder: made whole or not at all; must not be there.
+            progress: as for ``retrieve``.
+
+        Raises:
+            InputError: why the first one cannot be used, if none can.
+        """
+        faults = []
+        for one in series:
+            self.retrieve(one, folder, progress)
+            try:
+                arrange([header for path in sorted(folder.iterdir()) for header in read_headers(path)])
+            except InputError as fault:
+                log.info("study %s: %s", one.study, fault)
+                shutil.rmtree(folder)
+                faults.append(fault)
+            else:
+                return one
+        raise faults[0]
 
     def instances(self, study: str, series: str | None = None) -> frozenset[str]:
         """SOP Instance UIDs of what the archive holds of a study, or of one of its series."""
@@ -509,6 +556,11 @@ def _outcome(answer: Mapping[str, object]) -> tuple[frozenset[str], dict[str, st
             words = _FAILURES.get(reason) or _FAILURES.get(general) or "the archive refused it"
             refused[uid] = f"{words} (0x{reason:04X})"
     return frozenset(taken), refused
+
+
+def _order_of_choice(series: ArchiveSeries) -> tuple[bool, int, int, str]:
+    unlike = unlike_ct("", series.description) != ""
+    return unlike, -series.instances, series.number, series.series
 
 
 def _instance_uid(path: Path) -> str:

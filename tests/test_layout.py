@@ -7,21 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *(
-        "errors",
-        "files",
-        "progress",
-        "device",
-        "source_series",
-        "volume",
-        "dicom_series",
-        "dicomweb",
-        "volume_io",
-        "lungs",
-    ),
+    *("errors", "files", "progress", "device", "source_series", "volume", "dicom_series", "volume_io", "lungs"),
     *("dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "importing", "detection"),
     *("candidate_places", "slab_encoder", "study_classifier", "losses", "detector", "result_files", "worklist"),
-    "batch",
+    *("batch", "watching"),
     *("dicom_results", "segmentation_import", "bundle"),
     *("datasets", "training_run"),
     *("training_loop", "training", "fine_tuning", "roc", "calibrating", "localisation", "baselines"),

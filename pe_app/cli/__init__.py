@@ -33,6 +33,7 @@ from pe_app.cli.store import (
 )
 from pe_app.cli.tokens import add, list_, revoke
 from pe_app.cli.train import classifier, encoder, end_to_end
+from pe_app.cli.watching import watch
 from pe_app.errors import InputError
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ app.command()(label_reports)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(calibrate)
+app.command()(watch)
 app.command()(serve)
 labels_app.command("list")(list_labels)
 labels_app.command("show")(show_label)

@@ -151,7 +151,7 @@ def _many(
     piped = None if sys.stdout.isatty() else sys.stdout
     outcomes: list[Outcome] = []
     try:
-        with _ended_by_signal(), progress_bars() as progress, ExitStack() as stack:
+        with ended_by_signal(), progress_bars() as progress, ExitStack() as stack:
             batch = run_batch(
                 found.studies,
                 detector,
@@ -164,7 +164,7 @@ def _many(
             )
             for outcome in stack.enter_context(closing(batch)):
                 outcomes.append(outcome)
-                typer.echo(json.dumps(outcome.to_json()) if as_json else _line(outcome), file=piped)
+                typer.echo(json.dumps(outcome.to_json()) if as_json else outcome_line(outcome), file=piped)
     except KeyboardInterrupt:
         typer.echo(f"Stopped: {len(outcomes)} of {len(found.studies)} are done and kept in {out}; the same command "
                    "goes on.", err=True)  # fmt: skip
@@ -181,7 +181,7 @@ def _many(
         raise typer.Exit(EXIT_REFUSED)
 
 
-def _line(outcome: Outcome) -> str:
+def outcome_line(outcome: Outcome) -> str:
     """What is printed of a study as soon as it is done."""
     detection = outcome.detection
     if detection is None or detection.probability is None:
@@ -193,7 +193,7 @@ def _line(outcome: Outcome) -> str:
 
 
 @contextmanager
-def _ended_by_signal() -> Iterator[None]:
+def ended_by_signal() -> Iterator[None]:
     """A request to end, as a shutdown sends it, ends the batch as Ctrl-C does: knowingly, with no study to blame."""
 
     def interrupt(number: int, frame: object) -> NoReturn:

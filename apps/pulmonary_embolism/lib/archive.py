@@ -37,14 +37,11 @@ from pe_app.files import write_durably
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.source_series import source_path, write_source
 from pe_app.studies import Study
-from pe_app.volume import Volume
 from pe_app.volume_io import read_volume, write_volume
 
 logger = logging.getLogger(__name__)
 
 ENDING = ".nrrd"
-MIN_SLICES = 20
-"""A series with fewer is a localizer, a dose sheet or a measurement for the contrast; those of unknown size count."""
 REFRESH_SECONDS = 60.0
 """Between two looks at what the archive holds."""
 DOWN_SECONDS = 20.0
@@ -158,11 +155,7 @@ class ArchiveStore(StudyStore):
         Raises:
             InputError: if it does not answer; what was known before stands.
         """
-        listed: defaultdict[str, list[ArchiveSeries]] = defaultdict(list)
-        for series in self.archive.series(self._settings.query):
-            if series.instances >= MIN_SLICES or not series.instances:
-                listed[series.study].append(series)
-        now = {study: tuple(sorted(series, key=_preference)) for study, series in sorted(listed.items())}
+        now = self.archive.studies(self._settings.query)
         self._down = (0.0, "")
         if now == self._series:
             return
@@ -296,15 +289,15 @@ class ArchiveStore(StudyStore):
 
         try:
             with self._counting(study):
-                series = self.archive.series({**self._settings.query, "StudyInstanceUID": study})
-                state = {one.series: one.instances for one in series}
-                fetched = Fetched(state, *self._take_first_usable(study, sorted(series, key=_preference), path, report))
+                held = self.archive.studies({**self._settings.query, "StudyInstanceUID": study}).get(study, ())
+                taken, reason = self._take(held, path, report)
         except Unavailable as error:
             self._down = (time.monotonic() + DOWN_SECONDS, str(error))
             raise
+        fetched = Fetched({one.series: one.instances for one in held}, taken, reason)
         write_durably(self._fetched_path(study), json.dumps(asdict(fetched)))
-        if fetched.reason:
-            raise InputError(fetched.reason)
+        if reason:
+            raise InputError(reason)
 
     @contextmanager
     def _counting(self, study: str) -> Iterator[None]:
@@ -314,33 +307,24 @@ class ArchiveStore(StudyStore):
         finally:
             del self._fetching[study]
 
-    def _take_first_usable(
-        self, study: str, series: Sequence[ArchiveSeries], path: Path, progress: ProgressCallback
-    ) -> tuple[str, str]:
+    def _take(self, series: Sequence[ArchiveSeries], path: Path, progress: ProgressCallback) -> tuple[str, str]:
         """The series that was made the study's CT, or "" and why none was."""
-        reasons = []
-        for one in series:
-            if one.study != study or 0 < one.instances < MIN_SLICES:
-                continue
-            folder = self.private / "fetching" / one.series
-            try:
-                self.archive.retrieve(one, folder, progress)
-                self._keep(read_volume(folder), path)
-            except Unavailable:
-                raise
-            except InputError as error:
-                logger.info("study %s: %s", study, error)
-                reasons.append(str(error))
-            else:
-                return one.series, ""
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-        return "", "; ".join(reasons) or f"study {study}: the archive has no CT series of it any longer"
-
-    def _keep(self, volume: Volume, path: Path) -> None:
-        if volume.source is not None:
-            write_source(replace(volume.source, image_sha256=volume.sha256), source_path(path))
-        write_volume(volume, path)
+        if not series:
+            return "", f"study {path.name.removesuffix(ENDING)}: the archive has no CT series of it any longer"
+        folder = self.private / "fetching" / series[0].study
+        try:
+            taken = self.archive.retrieve_study(series, folder, progress)
+            volume = read_volume(folder)
+            if volume.source is not None:
+                write_source(replace(volume.source, image_sha256=volume.sha256), source_path(path))
+            write_volume(volume, path)
+        except Unavailable:
+            raise
+        except InputError as error:
+            return "", str(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return taken.series, ""
 
     def _fetched_path(self, study: str) -> Path:
         return self.private / "fetches" / f"{study}.json"
@@ -380,8 +364,3 @@ class ArchiveStore(StudyStore):
                 if study in self._series and not self._is_kept(study):
                     path.unlink()
                     over -= used[path].st_size
-
-
-def _preference(series: ArchiveSeries) -> tuple[int, int, str]:
-    """Most slices first; of equal ones the first made, which is for soft tissue as a rule (as in DICOM folders)."""
-    return -series.instances, series.number, series.series
