@@ -215,7 +215,8 @@ class ModelEvaluation:
         decision: its threshold and temperature.
         predictions: one a study of the cohort.
         discrimination: None with fewer than 2 analysed studies of either kind.
-        strata: by slice spacing, contrast and kind of truth, where more than one is known.
+        strata: by slice spacing, contrast and label source (reviewed slices, or a study label alone), where several are
+            known.
         localisation: the model first, then the baselines.
         training_studies: evaluated studies that it was trained on; empty unless that was allowed.
         notes: in words, what could not be computed and why, and what to keep in mind.
@@ -531,14 +532,14 @@ def _discrimination(analysed: Sequence[Prediction], threshold: float) -> Discrim
 
 
 def _strata(analysed: Sequence[Prediction], threshold: float) -> tuple[Stratum, ...]:
-    groups: dict[str, dict[str, list[Prediction]]] = {"slice spacing": {}, "contrast": {}, "truth": {}}
+    groups: dict[str, dict[str, list[Prediction]]] = {"slice spacing": {}, "contrast": {}, "label source": {}}
     for prediction in sorted(analysed, key=lambda prediction: prediction.slice_spacing_mm or 0.0):
         spacing = _spacing_stratum(prediction.slice_spacing_mm or 0.0)
         groups["slice spacing"].setdefault(spacing, []).append(prediction)
         contrast = "weak (by the quality check)" if prediction.weak_contrast else "good (by the quality check)"
         groups["contrast"].setdefault(contrast, []).append(prediction)
         kind = "study label and reviewed slices" if prediction.study.annotation else "study label only"
-        groups["truth"].setdefault(kind, []).append(prediction)
+        groups["label source"].setdefault(kind, []).append(prediction)
     return tuple(
         Stratum(
             group, name, len(members), sum(member.positive for member in members), _discrimination(members, threshold)

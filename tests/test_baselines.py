@@ -3,11 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from small_studies import SLABS, small_chest, small_studies
 
-from pe_app.baselines.cnn3d import CNN3D, CNN3DConfig, InflatedInception
+from pe_app.baselines.cnn3d import CNN3D, CNN3DConfig, InflatedInception, cnn3d_planes
 from pe_app.baselines.penet import PENet, PENetConfig, penet_windows
 from pe_app.baselines.slab_pooling import maximum_of_slabs, mean_of_slabs
+from pe_app.baselines.training import Windows
+from pe_app.datasets import prepare_slabs, read_sources
+from pe_app.lungs import lung_range
+from pe_app.slabs import SlabConfig, study_slabs
 from pe_app.volume import Volume, axial_affine
+from pe_app.volume_io import read_volume
 
 SMALL_PENET = PENetConfig(
     slices=8, resize=48, crop=32, stride=8, width=16, groups=4, blocks=(1, 1, 2, 1), final_survival=1.0
@@ -108,3 +114,39 @@ def test_stochastic_depth_leaves_out_bottlenecks_in_training_only():
     assert len({round(network(window).item(), 5) for _ in range(12)}) > 1
     network.eval()
     assert network(window) == network(window)
+
+
+def test_every_window_of_penet_holds_the_slice_of_its_slab(tmp_path):
+    studies = small_studies(tmp_path / "studies", count=4)
+    sources = read_sources(studies)
+    slabs = prepare_slabs(sources, SLABS, tmp_path / "slabs")
+    config = PENetConfig(slices=8, resize=64, crop=64, stride=8, width=16, groups=4)
+    numbered = []
+    for source in sources:
+        path = tmp_path / f"{source.study.study}.npy"
+        slices = len(read_volume(source.study.path).voxels)
+        np.save(path, np.broadcast_to(np.arange(slices, dtype=np.float16)[:, None, None], (slices, 2, 2)))
+        numbered.append(path)
+    images = {file.study: file.image_sha256 for file in slabs.files}
+    planes = {images[s.study.study]: path for s, path in zip(sources, numbered, strict=True) if s.study.study in images}
+    windows = Windows(slabs, planes, config, seed=0)
+    assert len(windows) == len(slabs)
+    offsets = set()
+    for item, index, label in zip(windows, slabs.slices, slabs.labels, strict=True):
+        shown = item.features[:, 0, 0].tolist()
+        assert len(shown) == 8
+        assert int(index) in shown
+        assert int(item.label) == label
+        offsets.add(shown.index(int(index)))
+    assert len(offsets) > 3
+
+
+def test_the_3d_cnn_reads_the_lung_range_in_200_slices_of_192_pixels():
+    volume, _ = small_chest(0, 2)
+    planes = cnn3d_planes(volume, SLABS)
+    assert planes.shape == (24, 32, 32)  # 6 slabs 4 slices apart, half of 64 pixels
+    slabs = study_slabs(volume, lung_range(volume), SLABS)
+    middle = slabs.pixels[2, 3].reshape(32, 2, 32, 2).mean((1, 3))
+    assert np.allclose(planes[2 * 4 + 3], middle, atol=1e-6)
+    full = SlabConfig()
+    assert (full.range_slices, full.crop // 2) == (200, 192)

@@ -21,6 +21,7 @@ from pe_app.datasets import (
 )
 from pe_app.detector import Detector
 from pe_app.errors import InputError
+from pe_app.lungs import lung_range
 from pe_app.progress import Cancelled, Progress
 from pe_app.slabs import SlabConfig, study_slabs
 from pe_app.studies import Study
@@ -397,3 +398,27 @@ def test_a_study_without_lung_is_refused_by_its_name(tmp_path, detector):
     write_volume(volume.with_voxels(np.where(lung, np.int16(40), volume.voxels)), tmp_path / "belly.nrrd")
     with pytest.raises(InputError, match=r"study belly: .*no lung"):
         encode_studies(detector, (Study("belly", tmp_path / "belly.nrrd"),), tmp_path)
+
+
+def test_matched_negatives_lie_at_the_heights_of_the_positives(studies, tmp_path):
+    sources = read_sources(studies)
+    slabs = prepare_slabs(sources, SLABS, tmp_path, negatives="matched")
+    ranges = [lung_range(read_volume(source.study.path)) for source in sources]
+    names = [source.study.study for source in sources]
+    heights = {0: [], 1: []}
+    for index, (file, _) in enumerate(slabs.places):
+        lung = ranges[names.index(slabs.files[file].study)]
+        height = (slabs.slices[index] - lung.first) / (lung.last - lung.first)
+        heights[int(slabs.labels[index])].append(height)
+        if slabs.labels[index] == 0:
+            assert sources[names.index(slabs.files[file].study)].study.label == "negative"
+    assert len(heights[0]) == len(heights[1])
+    assert np.sort(heights[0]) == pytest.approx(np.sort(np.clip(heights[1], 0, 1)), abs=0.1)
+
+
+def test_negatives_of_negative_studies_only_are_the_papers_way(studies, tmp_path):
+    annotated = [replace(study, label="positive") if study.annotation else study for study in studies]
+    slabs = prepare_slabs(read_sources(annotated), SLABS, tmp_path, negatives="negative_studies")
+    labels = {study.study: study.label for study in annotated}
+    for index, (file, _) in enumerate(slabs.places):
+        assert (labels[slabs.files[file].study] == "positive") == bool(slabs.labels[index])

@@ -169,3 +169,22 @@ def test_temperature_undoes_an_overconfidence_of_three():
 def test_what_no_interval_can_be_computed_of_is_refused(truth, scores):
     with pytest.raises(ValueError, match=r"studies|study|finite"):
         auc(truth, scores)
+
+
+def test_the_mean_auc_of_runs_varies_as_the_bootstrap_over_studies_says():
+    rng = np.random.default_rng(3)
+    truth = np.repeat([0, 1], 60)
+    runs = rng.normal(0, 1, (3, 120)) + truth + rng.normal(0, 1, 120)
+    other = rng.normal(0, 1, (3, 120)) + 0.4 * truth
+    samples = []
+    for _ in range(600):
+        chosen = np.concatenate([rng.integers(0, 60, 60), rng.integers(60, 120, 60)])
+        samples.append(
+            [np.mean([roc_auc_score(truth[chosen], run[chosen]) for run in group]) for group in (runs, other)]
+        )
+    samples = np.array(samples)
+    found, difference = auc(truth, runs), compare_aucs(truth, runs, other)
+    assert found.value == pytest.approx(np.mean([roc_auc_score(truth, run) for run in runs]))
+    assert found.variance**0.5 == pytest.approx(samples[:, 0].std(), rel=0.15)
+    spread = (difference.high - difference.low) / 2 / 1.96
+    assert spread == pytest.approx((samples[:, 0] - samples[:, 1]).std(), rel=0.15)

@@ -234,3 +234,22 @@ def test_settings_without_meaning_are_refused():
         EncoderConfig(width=0)
     with pytest.raises(ValueError, match="'softmax'"):
         EncoderConfig(attention_score="softmax")
+
+
+def test_densenet121_has_the_parameters_of_torchvisions_and_keeps_a_24_by_24_map():
+    with torch.device("meta"):
+        network = SlabEncoder(EncoderConfig(architecture="densenet121"))
+        encoded = network(torch.empty(1, 5, 384, 384))
+    stock_features, two_more_slices, head = 6_953_856, 2 * 64 * 7 * 7, 2 * 1024 + 2
+    assert sum(weight.numel() for weight in network.parameters()) == stock_features + two_more_slices + head
+    assert encoded.features.shape == (1, 1024, 24, 24)
+
+
+def test_densenets_attention_is_grad_cam():
+    torch.manual_seed(0)
+    network = SlabEncoder(EncoderConfig(width=2, architecture="densenet121")).double().eval()
+    features = network(torch.rand(2, 5, 64, 64, dtype=torch.float64)).features.detach().requires_grad_()
+    logits = network.logits(features)
+    (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), features)
+    expected = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
+    assert torch.allclose(network.attention_map(features), expected)

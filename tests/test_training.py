@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pe_app import training_run
 from pe_app.annotation import ReviewedSlice, SparseAnnotation
-from pe_app.datasets import SlabItem, prepare_slabs, read_sources
+from pe_app.datasets import SlabItem, StudyItem, prepare_slabs, read_sources
 from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.losses import AttentionLoss, attention_loss
@@ -37,7 +37,7 @@ from pe_app.training import (
     train_classifier,
     train_encoder,
 )
-from pe_app.training_loop import derived_seed, learning_rate
+from pe_app.training_loop import _estimate_statistics, derived_seed, learning_rate
 from pe_app.training_run import TrainingRun
 from pe_app.volume_io import read_volume
 
@@ -604,3 +604,23 @@ def test_the_defaults_are_the_papers():
     assert (stage1.learning_rate, stage1.batch, stage1.epochs, stage1.validation_fraction) == (1e-4, 48, 100, 0.2)
     assert (stage2.learning_rate, stage2.batch, stage2.epochs, stage2.validation_fraction) == (1e-4, 32, 50, 0.2)
     assert (stage1.attention_weight, stage1.augment) == (1.0, False)
+
+
+def test_fresh_statistics_are_the_means_over_the_training_side():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(1)
+            self.seen = torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.seen(self.norm(x))[:, 0]
+
+    values = torch.arange(12.0)[:, None] + 100
+    side = [StudyItem(value, torch.tensor(0)) for value in values]
+    network = Net()
+    settings = ClassifierTraining(batch=4, fresh_statistics=True)
+    _estimate_statistics(network, side, lambda items, _: {"logit": network(items.features)}, settings)
+    assert network.norm.running_mean.item() == pytest.approx(values.mean().item())
+    assert network.norm.momentum == 0.1
+    assert not network.norm.training or not network.training
