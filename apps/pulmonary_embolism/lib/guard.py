@@ -94,7 +94,11 @@ class Guard:
         """Refuse other machines where nobody proves anything, names not ours (DNS rebinding), and foreign web pages."""
         client = scope.get("client")
         if self.tokens is None and client is not None and not is_loopback(client[0]):
-            raise HTTPException(403, "this server answers programs on its own machine only: reach it through SSH")
+            raise HTTPException(
+                403,
+                "without tokens this server answers programs on its own machine only: start it with --tokens, or "
+                "reach it through SSH",
+            )
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(_host_of(f"//{hosts[0]}")):
