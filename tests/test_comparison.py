@@ -14,15 +14,16 @@ from pe_app.baselines.cnn3d import CNN3DConfig
 from pe_app.baselines.penet import PENetConfig
 from pe_app.comparison.page import rows, write_comparison
 from pe_app.comparison.run import Outcome, compare, finished
-from pe_app.comparison.systems import SYSTEMS, Plan, choose_systems, core_studies
+from pe_app.comparison.systems import SYSTEMS, Plan, choose_systems, core_studies, small_plan
 from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.fine_tuning import FineTuning, JointNetwork
 from pe_app.phantom.benchmark import Truth
 from pe_app.progress import Cancelled, silent
 from pe_app.slab_encoder import EncoderConfig, SlabEncoder
+from pe_app.slabs import SlabConfig
 from pe_app.studies import Study
-from pe_app.study_classifier import StudyClassifier
+from pe_app.study_classifier import ClassifierConfig, StudyClassifier
 from pe_app.training import ClassifierTraining, EncoderTraining
 from pe_app.volume_io import write_volume
 
@@ -133,6 +134,21 @@ def test_features_are_gone_when_no_system_needs_them(compared):
 def test_an_unknown_system_is_named():
     with pytest.raises(InputError, match="unknown system 'resnet'"):
         choose_systems(["resnet"])
+
+
+@pytest.mark.parametrize(("matrix", "crop", "slabs"), [(256, 100, 24), (128, 192, 24), (256, 192, 15)])
+def test_sizes_that_do_not_fit_the_networks_are_refused_in_words(matrix, crop, slabs):
+    with pytest.raises(InputError, match="multiple of 64"):
+        small_plan(matrix, crop, slabs)
+
+
+def test_the_default_plan_is_the_papers_but_for_the_matched_negatives():
+    plan = Plan()
+    assert replace(plan.encoder, negative_slabs="mixed") == EncoderTraining()
+    assert (plan.slabs, plan.network, plan.filters) == (SlabConfig(), EncoderConfig(), ClassifierConfig().filters)
+    assert plan.classifier == ClassifierTraining()
+    assert plan.baseline(8).epochs == 100 + 50
+    assert choose_systems(["scenario2"])[1].change(plan).encoder.attention_weight == 0
 
 
 def test_stage_one_gets_the_papers_share_of_negative_studies_where_none_is_annotated(tmp_path):

@@ -327,7 +327,10 @@ class _Asked:
 
 def _check_same(out: Path, studies: Sequence[Study], plan: Plan) -> None:
     """What is kept must have been made from the same list by the same plan."""
-    rows = [(study.study, study.patient, study.label, study.split, str(study.annotation)) for study in studies]
+    rows = [
+        (study.study, study.patient, study.label, study.split, study.annotation.name if study.annotation else "")
+        for study in studies
+    ]
     identity = {
         "studies": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "plan": json.loads(json.dumps(asdict(plan))),

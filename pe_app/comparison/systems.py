@@ -68,7 +68,15 @@ def small_plan(matrix: int = 256, crop: int = 192, slab_count: int = 24) -> Plan
     Slices of a slab lie 2.5 mm apart in both stages, because with few slabs the paper's way would put stage II's far
     from stage I's; the learning rate is higher and falls, and the statistics of batch normalisation are estimated
     anew, because so few steps are made.
+
+    Raises:
+        InputError: if the crop is no multiple of 64 or larger than the matrix, or the number of slabs is odd.
     """
+    if crop % 64 or not 0 < crop <= matrix or slab_count % 2:
+        raise InputError(
+            f"a crop of {crop} from {matrix} pixels and {slab_count} slabs: the crop must be a multiple of 64 and fit "
+            "the matrix (both stages halve it), the number of slabs even (the 3D CNN halves the slices three times)"
+        )
     return Plan(
         SlabConfig(matrix=matrix, crop=crop, slab_count=slab_count, slab_spacing="physical"),
         EncoderConfig(width=16),
