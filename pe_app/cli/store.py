@@ -28,7 +28,7 @@ def list_labels(
     study: Annotated[str, typer.Argument(metavar="[STUDY]", help="One study; all that have labels by default.")] = "",
 ) -> None:
     """Every save of the studies' labels, the latest first: who, when, with what program, after which model."""
-    store = _store(studies)
+    store = open_store(studies)
     for image_id in [study] if study else store.list_images():
         for entry in store.versions(image_id):
             typer.echo(f"{image_id}  {_line(entry)}")
@@ -41,7 +41,7 @@ def show_label(
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of its label file.")] = None,
 ) -> None:
     """What one save said; of an annotation slice by slice."""
-    entry, file = _store(studies).version(study, revision)
+    entry, file = open_store(studies).version(study, revision)
     typer.echo(f"{study}  {_line(entry)}")
     for reviewed in entry.get("annotation", {}).get("slices", ()):
         typer.echo(
@@ -63,7 +63,7 @@ def restore_label(
     reader: Annotated[str, typer.Option(help="Who restores it; recorded with the new version.")],
 ) -> None:
     """Let an earlier save count again, as a new version; none is rewritten."""
-    entry = _store(studies).restore(study, revision, {"reader": reader, "client": CLIENT})
+    entry = open_store(studies).restore(study, revision, {"reader": reader, "client": CLIENT})
     typer.echo(f"{study}  {_line(entry)}")
 
 
@@ -129,7 +129,8 @@ def _folder(studies: Path) -> Path:
     return studies.resolve()
 
 
-def _store(studies: Path) -> StudyStore:
+def open_store(studies: Path) -> StudyStore:
+    """The store of a folder, also while a server serves it."""
     folder = _folder(studies)
     import pe_monailabel  # noqa: F401 - puts the app's own modules on the path
     from lib import compat  # noqa: F401 - before monailabel
