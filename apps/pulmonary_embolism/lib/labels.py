@@ -44,6 +44,9 @@ COUNTS = ("accepted", "open", "reviewed")
 OWN = (*COUNTS, "embolism", "slices", "time", "ts")
 """All of a version's info that the store itself says: no client can say otherwise."""
 
+SEEN = ("client", "model_seen", "restored_from")
+"""How a version came about: told with the versions, not with what counts now."""
+
 _REVISION = re.compile(r"[0-9]{6,12}-[0-9a-f]{8}")
 
 

@@ -146,9 +146,11 @@ def add_image(request: Request, file: UploadFile, image: str = "", params: JsonT
 
 
 @router.put("/datastore/image/info", tags=["Datastore"])
-def update_image_info(image: str, who: Who, info: JsonText = "{}") -> dict[str, Any]:
+def update_image_info(request: Request, image: str, who: Who, info: JsonText = "{}") -> dict[str, Any]:
     """Say something of a study; ``pe_label`` is positive, negative or uncertain."""
-    app_instance().datastore().update_image_info(image, _attributed(_json(info), who))
+    said = _attributed(_json(info), who)
+    seen = _seen(request, image) if "pe_label" in said else {}
+    app_instance().store.update_image_info(image, {**seen, **said})
     return {}
 
 
@@ -363,8 +365,10 @@ def _attributed(info: dict[str, Any], who: Caller, current: dict[str, Any] | Non
 
 def _seen(request: Request, study: str) -> dict[str, Any]:
     """What is recorded with a save where the client does not say it: the program, and the model that was looked at."""
+    app = app_instance()
+    app.store.check_study(study)
     client = request.headers.get("user-agent", "")[:LONGEST]
-    model = app_instance().detections.shown(study)
+    model = app.detections.shown(study)
     return {"client": client, "model_seen": vars(model) if model else None}
 
 

@@ -35,7 +35,7 @@ from lib.checks import (
 from lib.history import History, Version
 from lib.images import ImageFacts, Images
 from lib.index import Index
-from lib.labels import ANNOTATION_LINE, COUNTS, DRAFT, FINAL, OWN, STUDY_LABEL_LINE, Conflict, Labels, line_of
+from lib.labels import ANNOTATION_LINE, COUNTS, DRAFT, FINAL, OWN, SEEN, STUDY_LABEL_LINE, Conflict, Labels, line_of
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
@@ -381,7 +381,8 @@ class StudyStore(LocalDatastore):
         with self.lock:
             self.check_study(image_id)
             entry = self._datastore.objects[image_id]
-            image = DataModel(ext=entry.image.ext, info={**entry.image.info, **said})
+            shown = {name: value for name, value in said.items() if name not in SEEN}
+            image = DataModel(ext=entry.image.ext, info={**entry.image.info, **shown})
             changed = {image_id: ImageLabelModel(image=image, labels=entry.labels)}
             if "pe_label" not in said:
                 self._write_index(changed)
@@ -553,7 +554,8 @@ class StudyStore(LocalDatastore):
     def _entry(self, image_id: str, ext: str, held: ImageLabelModel | None) -> ImageLabelModel:
         """What the index is to say of a study, from the files."""
         said = self.history.current(image_id, STUDY_LABEL_LINE)
-        info = {"ts": int(time.time()), "name": f"{image_id}{ext}", **(said.info if said else {})}
+        shown = {name: value for name, value in said.info.items() if name not in SEEN} if said else {}
+        info = {"ts": int(time.time()), "name": f"{image_id}{ext}", **shown}
         image = DataModel(ext=ext, info=held.image.info if held else info)
         known = {tag: label.info for tag, label in held.labels.items()} if held else {}
         try:
