@@ -51,7 +51,9 @@ def crowd(zygote: Zygote, seed: int, seconds: float, report: ProgressCallback) -
         entries = world.request("GET", "/datastore/?output=all").json()["objects"]
         in_another = sum("original" in entries[study]["labels"] for study in STUDIES)
         if not in_another:
-            row.failures.append("the batch saved nothing: this part tried nothing")
+            row.failures.append(f"the batch saved nothing under its tag: {[*entries[STUDIES[0]]['labels']]}")
+        if left := list(world.tmp.iterdir()):
+            row.failures.append(f"left in the temporary folder: {[path.name for path in left][:3]}")
         before = state(world)
         world.kill()
         world.start()
@@ -94,6 +96,6 @@ def milliseconds(seconds: list[float]) -> str:
 
 
 def _wait_for_the_batch(world: World) -> None:
-    latest = time.monotonic() + 60
+    latest = time.monotonic() + 120
     while world.request("GET", "/batch/infer?check_if_running=true").status_code == 200 and time.monotonic() < latest:
         time.sleep(0.2)
