@@ -21,17 +21,14 @@ from pe_app.files import replacing, write_durably
 MODEL_FILE = "model.safetensors"
 
 INFERENCE = {
-    "imports": ["$from pathlib import Path"],
+    "imports": ["$from pathlib import Path", "$from pe_app.result_files import write_result"],
     "bundle_root": ".",
     "image": "",
     "output_dir": "$@bundle_root + '/eval'",
     "detector": {"_target_": "pe_app.detector.Detector.load", "path": f"$@bundle_root + '/models/{MODEL_FILE}'"},
     "volume": {"_target_": "pe_app.volume_io.read_volume", "path": "@image"},
     "result": "$@detector.detect(@volume)",
-    "run": [
-        "$__import__('pe_app.result_files').result_files.write_result("
-        "@result, @volume, Path(@output_dir), Path(@image).name)"
-    ],
+    "run": ["$write_result(@result, @volume, Path(@output_dir), Path(@image).name)"],
 }
 """MONAI evaluates what begins with ``$``; ``--image`` on the command line replaces the entry of that name."""
 

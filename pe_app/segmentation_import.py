@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import numpy as np
 import pydicom
@@ -42,12 +42,50 @@ feet. What was reviewed and has no outline is ``none``.
 """
 
 
+class Annotations(Protocol):
+    """Where the annotations of a folder of studies are kept."""
+
+    def current(self, study: Study, volume: Volume) -> SparseAnnotation | None:
+        """What is reviewed of a study already; None where nothing is."""
+
+    def save(self, study: Study, annotation: SparseAnnotation, volume: Volume) -> str:
+        """Keep an annotation in the place of the one that ``current`` gave; tells where it is."""
+
+
+class ListedAnnotations:
+    """Annotations as files beside a study list, which names them."""
+
+    def __init__(self, study_list: Path) -> None:
+        self._list = study_list
+
+    def current(self, study: Study, volume: Volume) -> SparseAnnotation | None:
+        """The annotation that the list names."""
+        path = self._listed(study)
+        return SparseAnnotation.read(path, volume) if path else None
+
+    def save(self, study: Study, annotation: SparseAnnotation, volume: Volume) -> str:
+        """Write the file that the list names, or ``annotations/STUDY.json``, and then the list."""
+        path = self._listed(study)
+        if path is None:
+            path = self._list.parent / "annotations" / f"{study.study}.json"
+            if path.exists():
+                raise InputError(f"{path}: is there already and not in the study list; move it away")
+        annotation.write(path, volume)
+        studies = read_studies(self._list)
+        changed = [replace(one, annotation=path) if one.study == study.study else one for one in studies]
+        write_studies(changed, self._list)
+        return str(path)
+
+    def _listed(self, study: Study) -> Path | None:
+        return next(one.annotation for one in read_studies(self._list) if one.study == study.study)
+
+
 @dataclass(frozen=True)
 class Imported:
-    """What became of one file."""
+    """What became of one file: the study, where its annotation is, and how many of its slices are what by now."""
 
     study: str
-    annotation: Path
+    place: str
     embolism: int
     none: int
 
@@ -163,9 +201,10 @@ def import_segmentations(
     reviewed: Reviewed,
     segment: str = "",
     reader: str = "",
+    annotations: Annotations | None = None,
     told: Callable[[Imported], None] = lambda imported: None,
 ) -> tuple[str, ...]:
-    """Add DICOM SEG files to the annotations of a folder of studies, in ``annotations/`` and in its study list.
+    """Add DICOM SEG files to the annotations of a folder of studies.
 
     One bad file does not stop the others; a file imported twice changes nothing.
 
@@ -175,6 +214,7 @@ def import_segmentations(
         reviewed: which slices the reader looked at.
         segment: as ``read_drawn_segments``.
         reader: who drew them; by default the content creator in each file.
+        annotations: where they are kept; by default beside the study list.
         told: called for every file that was imported.
 
     Returns:
@@ -183,8 +223,8 @@ def import_segmentations(
     Raises:
         InputError: if the study list cannot be read.
     """
-    study_list = folder / "studies.csv"
-    studies = read_studies(study_list)
+    studies = read_studies(folder / "studies.csv")
+    annotations = annotations or ListedAnnotations(folder / "studies.csv")
     sources = [_source(study) for study in studies]
     problems = []
     for path in files:
@@ -193,20 +233,15 @@ def import_segmentations(
             study = _study_of(drawn, studies, sources, folder)
             volume = read_volume(study.path)
             annotation = annotation_of(drawn, volume, reviewed, reader)
-            if study.annotation is not None:
-                annotation = merged(SparseAnnotation.read(study.annotation, volume), annotation)
-            target = study.annotation or folder / "annotations" / f"{study.study}.json"
-            if study.annotation is None and target.exists():
-                raise InputError(f"{target}: is there already and in no study list; move it away")
-            target.parent.mkdir(exist_ok=True)
-            annotation.write(target, volume)
-            studies = tuple(replace(one, annotation=target) if one is study else one for one in studies)
-            write_studies(studies, study_list)
+            current = annotations.current(study, volume)
+            if current is not None:
+                annotation = merged(current, annotation)
+            place = annotations.save(study, annotation, volume)
         except InputError as error:
             problems.append(str(error) if path.name in str(error) else f"{path.name}: {error}")
             continue
         states = [entry.state for entry in annotation.slices]
-        told(Imported(study.study, target, states.count("embolism"), states.count("none")))
+        told(Imported(study.study, place, states.count("embolism"), states.count("none")))
     return tuple(problems)
 
 

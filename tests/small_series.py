@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, find_candidates
+from pe_app.detection import Detection, Evidence, ExtentEstimate, ImageIdentity, ModelIdentity, find_candidates
 from pe_app.detector import DetectionResult
 from pe_app.quality import Reason
 from pe_app.volume import Volume
@@ -76,7 +76,8 @@ def detection_of(volume: Volume, *reasons: Reason, refused: bool = False, traine
         for slab in range(8)
     )  # fmt: skip
     candidates = find_candidates(maps, probability, grid, slices)
-    detection = Detection("analysed", reasons, 0.71, 0.5, evidence, candidates, image, model)
+    extent = ExtentEstimate(12.5, 0.25)
+    detection = Detection("analysed", reasons, 0.71, 0.5, evidence, candidates, image, model, {}, extent)
     return DetectionResult(detection, grid, maps)
 
 

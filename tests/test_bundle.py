@@ -28,6 +28,7 @@ def model(tmp_path_factory):
     return path
 
 
+@pytest.mark.timeout(1500)  # imports MONAI in another process: minutes on a busy machine
 def test_monai_runs_the_bundle_and_gets_what_the_detector_says(model, tmp_path):
     phantom = make_phantom(np.random.default_rng(8), PhantomConfig(matrix=128, spacing_mm=4.0), positive=True)
     study = tmp_path / "study.nii.gz"
@@ -41,7 +42,7 @@ def test_monai_runs_the_bundle_and_gets_what_the_detector_says(model, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=1400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     written = json.loads((tmp_path / "out" / "detection.json").read_text())

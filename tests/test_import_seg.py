@@ -1,5 +1,6 @@
 """Segmentations drawn elsewhere (here by highdicom, as any other program would) as annotations of our studies."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import highdicom
@@ -7,19 +8,25 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.sr.codedict import codes
-from small_series import TURNS, marked, write_turned
+from small_series import TURNS, marked, read_turned, write_turned
+from typer.testing import CliRunner
 
 from pe_app.annotation import SparseAnnotation
+from pe_app.cli import app
+from pe_app.cli.store import open_store
 from pe_app.errors import InputError
 from pe_app.segmentation_import import import_segmentations, parse_reviewed
+from pe_app.source_series import source_path, write_source
 from pe_app.studies import Study, read_studies, write_studies
-from pe_app.volume_io import read_volume
+from pe_app.volume_io import read_volume, write_volume
 
 MARKED_SLICES = [5, 6, 7, 8]
 
 
 def headers(folder: Path) -> list[pydicom.Dataset]:
     read = [pydicom.dcmread(path) for path in folder.iterdir()]
+    for image in read:
+        image.SliceThickness = 3.0  # highdicom wants it
     return sorted(read, key=lambda dataset: dataset.SOPInstanceUID)
 
 
@@ -202,3 +209,29 @@ def test_a_damaged_file_is_told_and_the_others_are_imported(hospital, tmp_path, 
     problems = import_segmentations([tmp_path / "bad.dcm", draw(folder, tmp_path / "s.dcm")], studies, "segmented")
     assert [problem.startswith("bad.dcm") for problem in problems] == [True]
     assert len(annotation_in(studies).slices) == 4
+
+
+def test_in_a_served_folder_the_outlines_become_a_version_that_readers_see(write_series, tmp_path):
+    folder, volume = read_turned(write_series)
+    studies = tmp_path / "studies"
+    write_volume(volume, studies / "volumes" / "one.nrrd")
+    write_source(replace(volume.source, image_sha256=volume.sha256), source_path(studies / "volumes" / "one.nrrd"))
+    write_studies([Study("one", studies / "volumes" / "one.nrrd")], studies / "studies.csv")
+    store = open_store(studies)
+    path = draw(folder, tmp_path / "s.dcm")
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["import-seg", str(path), "--studies", str(studies), "--reviewed", "5-10"])
+        assert done.exit_code == 0, done.output
+    seen = store.annotation("one")
+    assert {entry.slice_index: entry.state for entry in seen.slices} == {
+        **dict.fromkeys(MARKED_SLICES, "embolism"), 9: "none", 10: "none"
+    }  # fmt: skip
+    assert len(store.versions("one")) == 1
+
+
+def test_without_a_word_on_what_was_reviewed_nothing_is_imported(hospital, tmp_path):
+    studies, folder = hospital()
+    done = CliRunner().invoke(app, ["import-seg", str(draw(folder, tmp_path / "s.dcm")), "--studies", str(studies)])
+    assert done.exit_code == 2
+    assert "--reviewed" in done.output
+    assert read_studies(studies / "studies.csv")[0].annotation is None

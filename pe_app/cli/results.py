@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +13,11 @@ from pe_app.cli.options import ArchiveUser, CaFile, Model, PasswordFile, archive
 from pe_app.errors import InputError
 
 if TYPE_CHECKING:
+    from pe_app.annotation import SparseAnnotation
     from pe_app.batch import Finished
     from pe_app.dicomweb import Access
+    from pe_app.studies import Study
+    from pe_app.volume import Volume
 
 Dicom = Annotated[bool, typer.Option("--dicom", help="Also write DICOM objects, for a PACS, into the folder dicom.")]
 Send = Annotated[str, typer.Option("--send", metavar="URL", help="Send the objects to this DICOMweb archive, too; what "
@@ -52,11 +56,53 @@ def import_seg(
 
     def tell(imported: Imported) -> None:
         typer.echo(f"{imported.study}: {imported.embolism} slices with embolism, {imported.none} without: "
-                   f"{imported.annotation}")  # fmt: skip
+                   f"{imported.place}")  # fmt: skip
 
-    problems = import_segmentations(files, studies, parse_reviewed(reviewed), segment, reader, tell)
+    slices = parse_reviewed(reviewed)
+    served = _ServedAnnotations(studies) if (studies / ".pe" / "history").is_dir() else None
+    problems = import_segmentations(files, studies, slices, segment, reader, served, tell)
     if problems:
         raise InputError("\n".join(f"left out: {problem}" for problem in problems))
+
+
+class _ServedAnnotations:
+    """The annotations of a folder that is or was served: new versions in its history, which Slicer's readers see."""
+
+    def __init__(self, studies: Path) -> None:
+        from pe_app.cli.store import open_store
+
+        self._store = open_store(studies)
+        self._based_on: dict[str, str | None] = {}
+
+    def current(self, study: Study, volume: Volume) -> SparseAnnotation | None:
+        name = _served_name(study)
+        if name not in self._store.list_images():
+            raise InputError(f"study {study.study}: its CT {study.path.name} is not among the served ones")
+        self._based_on[name] = self._store.review_state(name).revision
+        annotation: SparseAnnotation | None = self._store.annotation(name)
+        return annotation
+
+    def save(self, study: Study, annotation: SparseAnnotation, volume: Volume) -> str:
+        from pe_app.cli.store import CLIENT
+
+        name = _served_name(study)
+        said = {
+            "annotation": annotation.to_json(),
+            "based_on": self._based_on[name],
+            "reader": next((one.reader for one in annotation.slices), ""),
+            "client": CLIENT,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "annotation.json"
+            annotation.write(path, volume)
+            saved = self._store.save(name, path.with_suffix(".seg.nrrd"), "draft", said)
+        return f"{saved['tag']} {saved['revision']} in the history of the served folder"
+
+
+def _served_name(study: Study) -> str:
+    """What the server calls a listed study: its file without the ending."""
+    name = study.path.name
+    return next((name.removesuffix(ending) for ending in (".nii.gz", ".nii", ".nrrd") if name.endswith(ending)), name)
 
 
 def export_seg(

@@ -17,7 +17,7 @@ from pe_app.detector import DetectionResult
 from pe_app.dicom_results.attention import attention_map
 from pe_app.dicom_results.origin import Origin, content_key
 from pe_app.dicom_results.outlines import candidate_segmentation, reader_segmentation
-from pe_app.dicom_results.pictures import OVERLAID_SLICES, pictures
+from pe_app.dicom_results.pictures import OVERLAID_SLICES, picture_series
 from pe_app.dicom_results.report import structured_report
 from pe_app.files import replacing
 from pe_app.volume import Volume
@@ -45,7 +45,7 @@ def detection_objects(result: DetectionResult, volume: Volume) -> dict[str, Data
     if attention_object is not None:
         objects["attention.dcm"] = attention_object
     objects["report.dcm"] = structured_report(detection, origin, key, list(objects.values()))
-    for number, picture in enumerate(pictures(result, origin, key)):
+    for number, picture in enumerate(picture_series(result, origin, key)):
         objects[f"picture-{number}.dcm"] = picture
     return objects
 

@@ -35,7 +35,7 @@ NO_FINDING = {"untrained_model": "UNTRAINED MODEL, NO FINDING", "demo_model": "D
 _NAMESPACE = uuid.UUID("5bb0a5b2-3f0e-5f0c-9d8a-0f5d3c0f6c11")
 _TYPE_2 = (  # what may be empty, but highdicom wants to be there
     "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
-    "ReferringPhysicianName", "SliceThickness",
+    "ReferringPhysicianName",
 )  # fmt: skip
 
 
@@ -73,10 +73,16 @@ class Origin:
     def images(self) -> list[Dataset]:
         """Headers of the source instances: one a slice from the feet to the head, or one multi-frame image."""
         images = self.source.datasets()
+        thickness = f"{self.volume.spacing_mm[0]:.6g}"  # of what is drawn on a slice, where the source says none
         for image in images:
             for keyword in _TYPE_2:
                 if keyword not in image:
                     setattr(image, keyword, None)
+            measured = image
+            if "SharedFunctionalGroupsSequence" in image:
+                measured = image.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+            if not measured.get("SliceThickness"):
+                measured.SliceThickness = thickness
         return images
 
     def reference(self, slice_index: int) -> tuple[str, str, int | None]:

@@ -35,7 +35,7 @@ _TINT = LinearSegmentedColormap.from_list("tint", [(1, 0.69, 0, 0), (1, 0.35, 0,
 """Transparent to orange: the artery beneath must stay readable."""
 
 
-def pictures(result: DetectionResult, origin: Origin, key: str) -> list[SCImage]:
+def picture_series(result: DetectionResult, origin: Origin, key: str) -> list[SCImage]:
     """A summary, and the strongest slices with attention; of a refused study or an untrained model the summary only."""
     detection = result.detection
     frames: list[tuple[NDArray[np.uint8], int | None]] = [(_summary(detection), None)]

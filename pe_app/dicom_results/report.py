@@ -132,6 +132,10 @@ def _study(detection: Detection, key: str) -> MeasurementsAndQualitativeEvaluati
             ),
             Measurement(codes.DCM.ThresholdValue, detection.threshold, codes.UCUM.NoUnits),
         ]
+        extent = detection.extent_estimate
+        if extent is not None:
+            name = code("EXTENT", "Extent estimate of attention, no clot burden")
+            measurements.append(Measurement(name, extent.volume_ml, codes.UCUM.CubicCentimeter))
         side = code("ATORABOVE", "At or above") if detection.positive else code("BELOW", "Below")
         evaluations.append(QualitativeEvaluation(code("VSTHRESHOLD", "Probability against threshold"), side))
     if any(not reason.refuses and reason.code not in NO_FINDING for reason in detection.reasons):
