@@ -163,8 +163,9 @@ def worklist_page(outcomes: Sequence[Outcome], out: Path, total: int = 0) -> str
     counts = Counter(outcome.kind for outcome in outcomes)
     threshold = next((outcome.detection.threshold for outcome in analysed if outcome.detection), None)
     suspicious = "Suspicious" if threshold is None else f"Suspicious (from {threshold:.2f})"
+    order = "By probability of embolism"
     if any(outcome.meaningless for outcome in analysed):
-        suspicious = f"From {threshold:.2f} (no findings)"
+        suspicious, order = f"From {threshold:.2f} (no findings)", "By the model's number, which is no finding"
     filters = "".join(
         f'<label><input type="radio" name="show" value="{value}"{" checked" if value == "all" else ""}>'
         f"<span>{html.escape(words)} <b>{count}</b></span></label>"
@@ -192,6 +193,7 @@ def worklist_page(outcomes: Sequence[Outcome], out: Path, total: int = 0) -> str
         model=html.escape(model or "none"),
         dates=html.escape(_dates(outcomes)),
         filters=filters,
+        order=html.escape(order),
         rows="".join(_row(outcome, out, model) for outcome in analysed),
         others="".join(_row(outcome, out, model) for outcome in others),
         others_hidden="" if others else " hidden",
@@ -404,9 +406,9 @@ polygon { fill: var(--blue); opacity: .22; } circle { fill: var(--amber); }
   :root { --back: #fff; --card: #fff; --line: #bbb; --ink: #000; --muted: #444; --amber: #7a4b00; --red: #a01c10;
     --blue: #1c5b91; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { font-size: 11px; max-width: none; } #filters { display: none; }
+  html, body { font-size: 10px; } body { max-width: none; } #filters { display: none; }
   article { border: 1px solid var(--line); border-left-width: 5px; break-inside: avoid;
-    grid-template-columns: 5.5rem 1fr 260px 120px; }
+    grid-template-columns: 6rem 1fr 240px 150px; }
   .pictures, .curve { grid-column: auto; } .number { display: block; }
 }
 """
@@ -423,7 +425,7 @@ _PAGE = """<!doctype html>
 {unread}
 <div id="filters">{filters}<input id="find" type="search" placeholder="Find a study" aria-label="Find a study"></div>
 {empty}<p class="muted" id="nothing" hidden>No study fits.</p>
-<section{analysed_hidden}><h2>By probability of embolism</h2>{rows}</section>
+<section{analysed_hidden}><h2>{order}</h2>{rows}</section>
 <section id="not-analysed"{others_hidden}><h2>Not analysed</h2>{others}</section>
 <footer class="muted">Numbers are the model's probability of embolism anywhere in the study. The curve is its
 probability slab by slab, a dot a place to look at; the pictures are the strongest slices, coloured where the model

@@ -188,7 +188,7 @@ def outcome_line(outcome: Outcome) -> str:
         return f"  not analysed  {outcome.study}: {outcome.message}"
     first = detection.candidates[0] if detection.candidates else None
     where = ", ".join(part for part in (f"slice {first.slice_index}", first.place) if part) if first else ""
-    notes = [where, outcome.problem, "known already" if outcome.known else ""]
+    notes = [outcome.meaningless.lower(), where, outcome.problem, "known already" if outcome.known else ""]
     return f"  {detection.probability:.3f}  {outcome.study}" + "".join(f"; {note}" for note in notes if note)
 
 
