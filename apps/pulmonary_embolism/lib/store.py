@@ -14,6 +14,8 @@ import errno
 import logging
 import os
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -41,6 +43,7 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 
 from pe_app.annotation import SparseAnnotation
 from pe_app.errors import InputError
+from pe_app.files import replacing
 from pe_app.progress import ProgressCallback, silent
 from pe_app.studies import Label, Study, read_studies
 from pe_app.volume import Volume
@@ -355,16 +358,20 @@ class StudyStore(LocalDatastore):
         info = finite_json(image_info)
         check_study_name(image_id)
         volume = self.images.volume(source)
-        with self.lock:
-            for other in self.list_images():
-                if other.casefold() == image_id.casefold():  # one file where a file system does not tell them apart
-                    raise Conflict(f"there is a study {other!r} already: choose another id")
+        with tempfile.TemporaryDirectory(prefix="pe-") as folder:
+            ready = Path(folder) / f"ready{ending.lower()}"
             try:
-                write_volume(volume, self._folder / f"{image_id}{ending.lower()}")
+                write_volume(volume, ready)  # for minutes, during which others go on
             except InputError as error:  # of a CT that was read: it is the disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            self.refresh()
-            self.update_image_info(image_id, info)
+            with self.lock:
+                for other in self.list_images():
+                    if other.casefold() == image_id.casefold():  # one file where a file system tells no difference
+                        raise Conflict(f"there is a study {other!r} already: choose another id")
+                with replacing(self._folder / f"{image_id}{ending.lower()}") as temporary:
+                    shutil.move(ready, temporary)
+                self.refresh()
+                self.update_image_info(image_id, info)
         return image_id
 
     def remove_image(self, image_id: str) -> None:
