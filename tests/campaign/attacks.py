@@ -43,10 +43,9 @@ SLICES: Mapping[str, Sequence[object]] = {
 LABELS: Mapping[str, tuple[bytes, bytes]] = {
     "another spacing": (b"(5.0,0,0)", b"(4.9,0,0)"),
     "another origin": (b"space origin: (", b"space origin: (1"),
-    "axes exchanged": (b"(5.0,0,0) (0,5.0,0)", b"(0,5.0,0) (5.0,0,0)"),
     "another space": (b"left-posterior", b"right-posterior"),
-    "label value 0": (b"\n\n", b"\nSegment0_ID:=a\nSegment0_LabelValue:=0\n\n"),
-    "a layer that is not there": (b"\n\n", b"\nSegment0_ID:=a\nSegment0_Layer:=9\nSegment0_LabelValue:=1\n\n"),
+    "label value 0": (b"\n\n", b"\nSegment0_Name:=embolism\nSegment0_LabelValue:=0\n\n"),
+    "a layer that is not there": (b"\n\n", b"\nSegment0_Name:=embolism\nSegment0_Layer:=9\nSegment0_LabelValue:=1\n\n"),
     "a data file elsewhere": (b"\n\n", b"\ndata file: /etc/passwd\n\n"),
 }
 SETTINGS: Mapping[str, Sequence[object]] = {
