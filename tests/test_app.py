@@ -508,16 +508,6 @@ def test_an_address_of_the_network_is_refused_with_the_way_out():
     assert not is_loopback("10.0.0.1")
 
 
-def test_no_request_leaves_a_temporary_file(server, tmp_path):
-    import tempfile
-
-    before = set(Path(tempfile.gettempdir()).glob("pe-*"))
-    server.request("POST", "/infer/detection?image=alpha")
-    server.request("POST", "/infer/detection?image=truncated")
-    server.request("PUT", "/datastore/label?image=zeta", files={"label": ("x.nrrd", b"garbage")})
-    assert set(Path(tempfile.gettempdir()).glob("pe-*")) <= before
-
-
 def test_the_interface_describes_itself(server):
     answer = requests.get(server.address + "/openapi.json", timeout=30)
     assert answer.ok

@@ -207,6 +207,22 @@ def test_too_many_uploads_at_once_are_told_when_to_come_again(inside, monkeypatc
     assert int(answer.headers["Retry-After"]) > 0
 
 
+def test_others_go_on_while_a_ct_that_was_added_is_written(inside, monkeypatch):
+    import lib.store
+
+    write, answers = lib.store.write_volume, []
+
+    def slowly(volume, path):
+        (inside.studies / "being-copied.part").touch()  # the folder changed: it is listed anew
+        answers.extend(inside.ask("GET", page).status_code for page in ("/info/", "/pe/worklist"))
+        write(volume, path)
+
+    monkeypatch.setattr(lib.store, "write_volume", slowly)
+    content = (inside.studies / "one.nrrd").read_bytes()
+    assert inside.ask("PUT", "/datastore/image?image=slow", files={"file": ("a.nrrd", content)}).ok
+    assert answers == [200, 200]
+
+
 def bomb(kind, promised, unpacked_megabytes):
     """A file of some kilobytes whose header promises ``promised`` voxels a side and whose gzip unpacks to gigabytes."""
     zeros = gzip.compress(bytes(16 << 20)) * (unpacked_megabytes // 16)
