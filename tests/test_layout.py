@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *("errors", "files", "progress", "device", "source_series", "volume", "dicom_series", "volume_io", "lungs"),
-    *("dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "importing", "detection"),
+    *("errors", "files", "progress", "allocation", "device", "source_series", "volume", "dicom_series", "volume_io"),
+    *("lungs", "dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "importing", "detection"),
     *("candidate_places", "slab_encoder", "study_classifier", "losses", "detector", "result_files", "worklist"),
     *("batch", "watching"),
     *("dicom_results", "segmentation_import", "bundle"),
