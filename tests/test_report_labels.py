@@ -166,13 +166,10 @@ def test_labelling_can_be_stopped_and_leaves_no_half_file(tmp_path):
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_a_thousand_reports_take_less_than_a_second_of_one_core():
-    filler = "There is a {0} mm nodule in the right upper lobe. Heart size is normal. Lymph nodes measure {0} mm. " * 10
-    texts = [f"{row['report']}\nFINDINGS: {filler.format(k)}" for k, row in enumerate(REPORTS * 5)]
-    start = time.process_time()
-    for text in texts:
-        label_report(text)
-    assert (time.process_time() - start) / len(texts) < 0.001
+def test_a_report_as_long_as_a_book_is_read():
+    filler = "There is a {0} mm nodule in the right upper lobe. Heart size is normal. Lymph nodes measure {0} mm.\n"
+    book = "".join(filler.format(number) for number in range(2_000)) + "IMPRESSION: Acute pulmonary embolism."
+    assert label_report(book).label == "positive"
 
 
 @pytest.mark.parametrize(
