@@ -23,6 +23,10 @@ from pe_app.volume import Volume
 ENCODER_STRIDE = 16
 """Pixels of a slab per cell of the encoder's last map: 384 -> 24."""
 
+MOST = 1000
+"""Slabs, slices between them, slices in one: more is a damaged or hostile model file."""
+LARGEST_MATRIX = 2048
+
 
 @dataclass(frozen=True)
 class SlabConfig:
@@ -52,6 +56,9 @@ class SlabConfig:
     def __post_init__(self) -> None:
         if self.crop % ENCODER_STRIDE or self.crop > self.matrix:
             raise ValueError(f"crop must be a multiple of {ENCODER_STRIDE} and at most the matrix, got {self}")
+        sizes = (self.slab_count, self.slab_stride, self.slices_per_slab, self.matrix, self.crop)
+        if min(sizes) < 1 or max(sizes[:3]) > MOST or self.matrix > LARGEST_MATRIX or not 0 < self.spacing_mm < MOST:
+            raise ValueError(f"no study needs slabs of that number or size: {self}")
         if self.slices_per_slab % 2 == 0 or self.slab_spacing not in ("lung", "physical"):
             raise ValueError(f"a slab needs a middle slice and a spacing of 'lung' or 'physical', got {self}")
 

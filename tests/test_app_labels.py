@@ -143,7 +143,7 @@ def test_a_removed_label_and_a_former_study_label_come_back(server, save):
     assert server.json("GET", "/pe/studies/four")["label"] == "positive"
 
 
-@pytest.mark.parametrize("revision", ["000001-00000000", "current", "..%2Fcurrent", "..", "x" * 300, "%00"])
+@pytest.mark.parametrize("revision", ["000001-00000000", "current", "..%2Fcurrent", "x" * 300, "%00"])
 def test_a_version_is_a_name_and_never_a_path(server, save, revision):
     save("five", [6])
     for method, end in (("GET", ""), ("GET", "/label"), ("POST", "/restore")):

@@ -135,3 +135,13 @@ def test_a_lung_shorter_than_a_slab_is_refused_with_its_slices():
 def test_a_slice_that_is_not_there_is_refused():
     with pytest.raises(InputError, match="the slices are 0 to 39"):
         slab_at(random_volume(), 40, SMALL)
+
+
+COUNTS = ({"slab_count": 10**9}, {"slab_count": 0}, {"slab_stride": -1}, {"slices_per_slab": 10**5 + 1})
+SIZES = ({"matrix": 10**6}, {"spacing_mm": 0.0}, {"spacing_mm": float("nan")}, {"spacing_mm": 1e9})
+
+
+@pytest.mark.parametrize("size", [*COUNTS, *SIZES], ids=str)
+def test_settings_of_a_damaged_or_hostile_model_are_refused(size):
+    with pytest.raises(ValueError, match="no study needs"):
+        SlabConfig(**size)

@@ -99,7 +99,8 @@ class PulmonaryEmbolismApp(MONAILabelApp):
         self.store.check_study(study)
         file, params = task({**request, "image": study})
         if request.get("save_label") and isinstance(task, CandidatesTask):
-            tag = str(request.get("label_tag") or "original")
+            said = request.get("label_tag") or "original"
+            tag = str(getattr(said, "value", said))  # MONAI Label's batches send a member of an enum
             self.store.save_label(study, file, tag, {"model": request["model"], "detection": params["model"]})
         return {"label": file, "tag": "original", "file": file, "params": params}
 
