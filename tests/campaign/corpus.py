@@ -372,7 +372,7 @@ def weights(model: bytes) -> Iterator[tuple[str, bytes]]:
     """Files that are no detector."""
     size = struct.unpack("<Q", model[:8])[0]
     header, data = json.loads(model[8 : 8 + size]), model[8 + size :]
-    name = next(key for key in header if key != "__metadata__")
+    name = next(key for key, entry in header.items() if entry.get("dtype") == "F32")
 
     def changed(data: bytes = data, **entries: object) -> bytes:
         text = json.dumps({**header, **entries}).encode()
