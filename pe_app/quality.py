@@ -46,6 +46,8 @@ PADDING_SEEN_HU = -700
 """Filling above this is taken for the body; below it for air, which does no harm."""
 UNEVEN_HU = 60.0
 """Noise of a low-dose CT between neighbours after smoothing; the shell and the marrow of a bone differ by more."""
+CHILDS_POOL = 0.01
+"""Blood to measure as a share of the lungs: below 2 l of lung the vessels are smaller, too."""
 BASE_MM, APEX_MM = 90.0, 100.0
 """Height over which an adult's lung area falls to nothing: below as a cone's, above as a dome's [ours]."""
 MEDIASTINUM_MM = 120.0
@@ -84,7 +86,8 @@ class QualityLimits:
         min_slices: below it the 50 slabs would be made of interpolation.
         min_lung_mm: less is a part of the chest; adult lungs are 200 to 300 mm high.
         cut_area: share of the largest lung area that the first or last slice may show before the lung counts as cut.
-        min_lung_area_cm2: the largest lung area of a chest; less is a lung base in an abdominal CT.
+        min_lung_area_cm2: the largest lung area of a chest, also of a small child; less is a
+            lung base in an abdominal CT.
         min_matrix: smaller pixels than a twentieth of the chest are needed to see an artery at all.
         small_matrix: below it segmental arteries are blurred.
         min_field_mm, small_field_mm, large_field_mm: the network sees the middle three quarters of the field of
@@ -106,7 +109,7 @@ class QualityLimits:
     min_slices: int = 20
     min_lung_mm: float = 100.0
     cut_area: float = 0.15
-    min_lung_area_cm2: float = 50.0
+    min_lung_area_cm2: float = 30.0
     min_matrix: int = 64
     small_matrix: int = 256
     min_field_mm: float = 150.0
@@ -183,20 +186,20 @@ def check_study(
 
 
 def judged(reasons: Iterable[Reason], limits: QualityLimits) -> tuple[Reason, ...]:
-    """Reasons with the user's own choice of what refuses and what only warns; an accepted one says so."""
+    """Reasons, refusals first, with the user's own choice of what refuses and what warns; an accepted one says so."""
     changed = []
     for reason in reasons:
         if reason.refuses and reason.code in limits.accept:
             reason = Reason(reason.code, f"{reason.message} [would be refused; accepted by the user]", False)
         changed.append(replace(reason, refuses=reason.refuses or reason.code in limits.refuse))
-    return tuple(changed)
+    return tuple(sorted(changed, key=lambda reason: not reason.refuses))
 
 
 def blood_hu(volume: Volume, lungs: Lungs, pool_ml: float) -> tuple[float, float]:
     """How bright the brightest blood between the lungs is, and at which z_mm; NaN where there is nothing to measure.
 
-    In the middle of the chest, in front of the spine: the HU that ``pool_ml`` of even tissue reach (a quarter of it
-    all, where there is less). A voxel is as bright as the darkest of its neighbours, and only counts where the
+    In the middle of the chest, in front of the spine: the HU that ``pool_ml`` of even tissue reach (less in small
+    lungs, and a quarter of it all, where there is less). A voxel is as bright as the darkest of its neighbours, and only counts where the
     brightest is alike: so bone, calcium and streaks stay out.
     """
     step = lungs.step
@@ -211,6 +214,7 @@ def blood_hu(volume: Volume, lungs: Lungs, pool_ml: float) -> tuple[float, float
     if values.size == 0:
         return float("nan"), float("nan")
     voxel_ml = float(np.prod(volume.spacing_mm)) * float(np.prod(step)) / 1000
+    pool_ml = min(pool_ml, CHILDS_POOL * np.count_nonzero(lungs.mask) * voxel_ml)
     count = int(np.clip(round(pool_ml / voxel_ml), 1, max(1, values.size // 4)))
     brightest = np.argpartition(values, -count)[-count:]
     return float(values[brightest].min()), float(volume.slice_z_mm[int(np.median(slices[brightest]))])
@@ -333,7 +337,7 @@ def _check_headers(source: SourceSeries, spacing_mm: float, limits: QualityLimit
     elif {"DERIVED", "SECONDARY", "REFORMATTED", "MPR"} & {
         word for kind in facts.image_types for word in kind.split("\\")
     }:
-        text = f"Image Type {types}: computed from other images; the original series shows more where there is one"
+        text = f"Image Type {types}: made of other images; the original series shows more where there is one"
         reasons.append(Reason("derived", text, False))
     if facts.lossy:
         text = f"compressed with loss ({facts.lossy}): small emboli and noise are changed"

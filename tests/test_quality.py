@@ -378,6 +378,16 @@ def test_variants_of_the_real_enhanced_chest_are_not_refused(real_chest, variant
     assert not [reason for reason in check_study(Volume(hu, axial_affine(tuple(spacing)))) if reason.refuses]
 
 
+@pytest.mark.parametrize("scale", [0.75, 0.6, 0.45])
+def test_children_are_judged_by_their_smaller_vessels(real_chest, scale):
+    """The real adult made smaller: 110 mm of lung and vessels of a tenth of the volume at 0.45."""
+    child = Volume(real_chest.voxels, axial_affine(tuple(scale * mm for mm in real_chest.spacing_mm)))
+    assert codes(child) == ({"field_of_view": False} if scale < 0.7 else {})
+    hu = real_chest.voxels.copy()
+    hu[(hu > 60) & (np.arange(512)[:, None] < 330)] = 60
+    assert codes(child.with_voxels(hu))["no_contrast"]
+
+
 @pytest.mark.parametrize(("ceiling", "refused"), [(70, True), (250, False)])
 def test_the_real_chest_with_its_contrast_taken_away_is_refused(real_chest, ceiling, refused):
     hu = real_chest.voxels.copy()
