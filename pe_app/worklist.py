@@ -215,13 +215,14 @@ def _row(outcome: Outcome, out: Path, usual_model: str) -> str:
     notes = [("stop", outcome.message)] if outcome.message else []
     notes += [("stop", f"The result is here, but: {outcome.problem}")] if outcome.problem else []
     if detection is not None:
-        listed = [reason for reason in detection.reasons if reason.code not in MEANINGLESS and not reason.refuses]
-        notes += [("warn", reason.message) for reason in listed]
+        if detection.status == "analysed":  # of a refused one the study's own page tells the lesser reasons too
+            listed = (reason for reason in detection.reasons if reason.code not in MEANINGLESS)
+            notes += [("warn", reason.message) for reason in listed]
         notes += [("warn", f"By another model: {_model(outcome)}")] if _model(outcome) != usual_model else []
     where = "".join(f"<li>{html.escape(words)}</li>" for words in (_places(detection) if detection is not None else []))
     extent = detection.extent_estimate if detection is not None else None
     return (
-        f'<article class="{outcome.kind}{" meaningless" if outcome.meaningless else ""}" '
+        f'<article class="{outcome.kind}{" meaningless" if outcome.meaningless and outcome.kind != "none" else ""}" '
         f'data-name="{html.escape(outcome.study.lower())}">'
         f'<div class="number">{number}</div><div class="words"><h3>{link}</h3>'
         + "".join(f'<p class="{kind}">{html.escape(words)}</p>' for kind, words in notes)
