@@ -211,6 +211,7 @@ def test_a_damaged_file_is_told_and_the_others_are_imported(hospital, tmp_path, 
     assert len(annotation_in(studies).slices) == 4
 
 
+@pytest.mark.timeout(1500)  # imports MONAI Label
 def test_in_a_served_folder_the_outlines_become_a_version_that_readers_see(write_series, tmp_path):
     folder, volume = read_turned(write_series)
     studies = tmp_path / "studies"

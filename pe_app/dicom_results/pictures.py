@@ -121,7 +121,9 @@ def _summary(detection: Detection) -> NDArray[np.uint8]:
         lines += [(line, _WARNING) for line in textwrap.wrap(f"{reason.code}: {reason.message}", 58)]
     step = 0.042
     room = 11 if numbers else 20
-    for k, (line, colour) in enumerate(lines[:room]):
+    if len(lines) > room:
+        lines[room - 1 :] = [("... all reasons are in the report", _INK)]
+    for k, (line, colour) in enumerate(lines):
         _write(figure, 0.03, 0.87 - k * step, line, colour, "top")
     if numbers:
         axes.set_position((0.12, 0.1, 0.84, 0.28))
