@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pe_app.annotation import SparseAnnotation
 from pe_app.detector import Detector
 from pe_app.dicomweb import Access, Archive, Limits, Unavailable
 from pe_app.errors import InputError
+from pe_app.progress import Cancelled
 from pe_app.source_series import read_source, source_path
 from pe_app.volume import Volume
 from pe_app.volume_io import read_volume
@@ -30,6 +32,7 @@ import lib.compat  # before monailabel
 # isort: split
 import lib.archive
 from lib.archive import ArchiveSettings, ArchiveStore
+from lib.store import StudyStore
 
 
 def write_dicom(
@@ -76,10 +79,11 @@ def opened(orthanc, tmp_path, monkeypatch):
     monkeypatch.setattr(lib.archive, "DOWN_SECONDS", 0.0)
 
     def opened(**settings):
-        monkeypatch.setattr("threading.Thread.start", lambda thread: None)
         store = ArchiveStore(tmp_path / "store", ArchiveSettings(Access(orthanc.url, USER, PASSWORD), **settings))
         store.archive = Archive(store.archive.access, Limits(connect_s=5, read_s=5, waits_s=()))
-        store.follow()
+        with monkeypatch.context() as patched:
+            patched.setattr("threading.Thread.start", lambda thread: None)
+            store.follow()
         return store
 
     return opened
@@ -119,6 +123,32 @@ def test_first_use_fetches_the_ct_with_its_geometry_and_its_way_back(orthanc, op
     assert (source.patient_id, source.study_uid, source.series_uid) == ("patient-1", "1.2.1", "1.2.1.1")
     assert {one.sop_instance_uid for one in source.instances} == orthanc.instances().keys()
     assert list((store.private / "fetching").iterdir()) == []
+
+
+def test_a_fetch_can_be_cancelled_and_two_at_once_are_one(orthanc, opened, tmp_path, monkeypatch):
+    orthanc.add(write_dicom(tmp_path / "sent", 1))
+    store = opened()
+
+    def cancel(progress):
+        if progress.done == 9:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        store.have("1.2.1", cancel)
+    assert (fetched(store), store.not_examined("1.2.1")) == ([], "in the archive; fetched on first use")
+    retrieve, calls = store.archive.retrieve, []
+    monkeypatch.setattr(store.archive, "retrieve", lambda *said: (calls.append(said), time.sleep(0.3), retrieve(*said)))
+    with ThreadPoolExecutor(4) as readers:
+        list(readers.map(store.volume, ["1.2.1"] * 4))
+    assert len(calls) == 1
+
+
+def test_a_program_that_opens_the_folder_without_the_archive_hides_nothing(orthanc, opened, tmp_path):
+    orthanc.add(write_dicom(tmp_path / "sent", 1))
+    store = opened()
+    assert StudyStore(store.root).list_images() == []
+    store.check_study("1.2.1")
+    assert store.list_images() == ["1.2.1"]
 
 
 def test_the_series_with_most_slices_that_is_an_axial_volume_is_taken(orthanc, opened, tmp_path):

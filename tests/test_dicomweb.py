@@ -98,6 +98,18 @@ def test_a_retrieved_series_is_the_one_that_was_sent(orthanc, tmp_path):
     assert (seen[0].done, seen[-1].done, seen[-1].total) == (0, 3, 3)
 
 
+def test_a_real_series_comes_back_voxel_by_voxel(orthanc, real_data, tmp_path):
+    folder = real_data / "ct_lidc0001_contrast"
+    orthanc.add([path for path in folder.rglob("*") if path.suffix == ".dcm"])
+    truth = read_volume(folder)
+    archive = client(orthanc)
+    study = truth.source.study_uid
+    archive.retrieve_study(archive.studies({"StudyInstanceUID": study})[study], tmp_path / "fetched")
+    volume = read_volume(tmp_path / "fetched")
+    assert (volume.sha256, volume.affine.tolist()) == (truth.sha256, truth.affine.tolist())
+    orthanc.delete_study(study)
+
+
 def test_a_retrieve_can_be_cancelled_and_leaves_nothing(orthanc, tmp_path):
     (series,) = client(orthanc).series({"StudyInstanceUID": "1.2.2"})
 

@@ -203,6 +203,18 @@ class ArchiveStore(StudyStore):
 
     # The store
 
+    def entries(self) -> dict[str, ImageLabelModel]:
+        """What the index says of each study; also after another program saw this folder without the archive."""
+        if not self._series.keys() <= self._datastore.objects.keys():
+            self.refresh()
+        return super().entries()
+
+    def check_study(self, image_id: str) -> None:
+        """Refuse an id that neither the archive nor this folder has."""
+        if image_id in self._series and image_id not in self._datastore.objects:
+            self.refresh()
+        super().check_study(image_id)
+
     def _image_files(self) -> list[str]:
         """Files that are here, and those that a fetch would make."""
         return sorted({*super()._image_files(), *(f"{study}{ENDING}" for study in self._series)})
