@@ -9,6 +9,7 @@ estimate goes with the volume of all emboli.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,24 +123,30 @@ def table(told: list[Told]) -> str:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--studies", type=int, default=26)
-    parser.add_argument("--seed", type=int, default=7000)
-    parser.add_argument("--matrix", type=int, default=256)
-    parser.add_argument("--spacing", type=float, default=2.0)
+    parser.add_argument("--studies", type=int, default=18)
+    parser.add_argument("--seed", type=int, default=8000)
+    parser.add_argument("--matrix", type=int, default=160)
+    parser.add_argument("--spacing", type=float, default=2.5)
     parser.add_argument("--model", type=Path)
     given = parser.parse_args()
     detector = Detector.load(given.model) if given.model else None
     rule, model, extents = [], [], []
-    for seed in range(given.seed, given.seed + given.studies):
-        phantom, sides = phantom_with_sides(seed, given.matrix, given.spacing)
-        rule += of_places(phantom, sides)
-        if detector:
-            detection = detector.detect(phantom.volume).detection
-            model += of_candidates(phantom, sides, detection.candidates)
-            if detection.extent_estimate:
-                volume_ml = sum(embolus.volume_mm3 for embolus in phantom.emboli) / 1000
-                extents.append((volume_ml, detection.extent_estimate.volume_ml))
-    print(f"The rule at the emboli's own places, {given.studies} phantoms\n\n{table(rule)}")
+    studies = 0
+    try:
+        for seed in range(given.seed, given.seed + given.studies):
+            phantom, sides = phantom_with_sides(seed, given.matrix, given.spacing)
+            rule += of_places(phantom, sides)
+            studies += 1
+            print(f"phantom {seed}: {len(rule)} emboli so far", file=sys.stderr, flush=True)
+            if detector:
+                detection = detector.detect(phantom.volume).detection
+                model += of_candidates(phantom, sides, detection.candidates)
+                if detection.extent_estimate:
+                    volume_ml = sum(embolus.volume_mm3 for embolus in phantom.emboli) / 1000
+                    extents.append((volume_ml, detection.extent_estimate.volume_ml))
+    except KeyboardInterrupt:
+        print("stopped: the tables are of the phantoms so far", file=sys.stderr)
+    print(f"The rule at the emboli's own places, {studies} phantoms\n\n{table(rule)}")
     if detector:
         print(f"\nCandidates of {detector.card.name} within {NEAR_MM:.0f} mm of an embolus\n\n{table(model)}")
         truth, said = np.array(extents).T
