@@ -199,8 +199,8 @@ def blood_hu(volume: Volume, lungs: Lungs, pool_ml: float) -> tuple[float, float
     """How bright the brightest blood between the lungs is, and at which z_mm; NaN where there is nothing to measure.
 
     In the middle of the chest, in front of the spine: the HU that ``pool_ml`` of even tissue reach (less in small
-    lungs, and a quarter of it all, where there is less). A voxel is as bright as the darkest of its neighbours, and only counts where the
-    brightest is alike: so bone, calcium and streaks stay out.
+    lungs, and a quarter of it all, where there is less). A voxel is as bright as the darkest of its neighbours, and
+    only counts where the brightest is alike: so bone, calcium and streaks stay out.
     """
     step = lungs.step
     hu = volume.voxels[:: step[0], :: step[1], :: step[2]].astype(np.float32)

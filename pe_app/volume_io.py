@@ -9,6 +9,7 @@ import errno
 import gzip
 import logging
 import os
+import struct
 import zlib
 from dataclasses import replace
 from io import BufferedIOBase
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 """Files that hold one volume."""
+MAX_NIFTI_HEADER = 1 << 24
+"""Bytes before the voxels: headers have 352, and some programs' extensions a few thousand more."""
 MAX_VOXELS = 2**29
 """512 x 512 x 2048: more is a damaged header, not a chest."""
 MAX_BYTES = 2**30
@@ -262,11 +265,14 @@ def _check_nifti(path: Path, header: dict[str, str]) -> None:
     if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
         raise InputError(f"{path.name}: has neither qform nor sform, so left and right are unknown: convert it again")
     voxels = int(np.prod([int(header[f"dim[{k}]"]) for k in (1, 2, 3)], dtype=np.int64))
-    start, width = int(float(header["vox_offset"])), int(header["bitpix"]) // 8
-    compressed = path.name.lower().endswith(".gz")
+    width, compressed = int(header["bitpix"]) // 8, path.name.lower().endswith(".gz")
     with gzip.open(path) if compressed else path.open("rb") as stream:
-        order = "<" if int.from_bytes(stream.read(4), "little") in (348, 540) else ">"
-        stream.read(max(0, start - 4))
+        head = stream.read(348)
+        order = "<" if int.from_bytes(head[:4], "little") == 348 else ">"
+        (start,) = struct.unpack_from(f"{order}f", head, 108)  # ITK shows another offset than the one it follows
+        if not 352 <= start <= MAX_NIFTI_HEADER:  # also where it is not a number
+            raise InputError(f"{path.name}: its voxels begin at byte {start}, 352 is the least: convert it again")
+        stream.read(int(start) - len(head))
         is_float = int(header["datatype"]) in (16, 64)
         _check_data(stream, voxels * width, np.dtype(f"{order}f{width}") if is_float else None, path.name)
 

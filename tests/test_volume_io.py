@@ -991,3 +991,15 @@ def test_an_nrrd_without_a_possible_place_is_refused(tmp_path, field, value, mes
     (tmp_path / "ct.nrrd").write_bytes(header.replace(field, value) + voxels)
     with pytest.raises(InputError, match=message):
         read_volume(tmp_path / "ct.nrrd")
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("offset", [-1.0, 0.0, 348.0, 1e30, float("nan"), float("inf")])
+def test_a_nifti_whose_voxels_cannot_begin_where_it_says_is_refused(tmp_path, offset, ending):
+    content = bytearray(write_nifti(tmp_path / "good.nii", np.full((8, 8, 8), -1000, np.int16)).read_bytes())
+    assert np.frombuffer(content, "<f4", 1, 108)[0] == 352
+    content[108:112] = np.float32(offset).tobytes()
+    path = tmp_path / f"ct{ending}"
+    path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    with pytest.raises(InputError, match=r"voxels begin at byte|cannot be read"):
+        read_volume(path)
