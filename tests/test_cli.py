@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -84,10 +85,35 @@ def test_a_study_that_the_method_is_not_for_is_refused_with_exit_code_3(workplac
     assert not (workplace / "refused" / "attention.nrrd").exists()
 
 
+def test_many_studies_make_a_worklist_and_the_bad_one_costs_exit_code_4_and_no_other_result(workplace):
+    given = workplace / "many"
+    given.mkdir()
+    shutil.copy(workplace / "study.nii.gz", given / "good.nii.gz")
+    (given / "bad.nrrd").write_bytes(b"NRRD0004\nno more")
+    command = ("detect", given, "--model", workplace / "m.safetensors", "--out", workplace / "list", "--json")
+    first = run(*command)
+    assert first.returncode == 4, first.stderr
+    lines = [json.loads(line) for line in first.stdout.splitlines()]
+    assert [(line["study"], line["status"]) for line in lines] == [("bad", "failed"), ("good", "analysed")]
+    assert "2 studies, bad to good" in first.stderr
+    assert "1 of 2 analysed (50%), 1 failed. Untrained model: no number is a finding." in first.stderr
+    alone = json.loads((workplace / "list" / "good" / "detection.json").read_text())
+    assert lines[1]["detection"] == alone
+    page = (workplace / "list" / "index.html").read_text()
+    assert "1 of 2 analysed (50%)" in page
+    assert "data:image/jpeg;base64," in page
+    (given / "bad.nrrd").unlink()
+    again = run(*command[:-1])
+    assert again.returncode == 0, again.stderr
+    assert "known already" in again.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("detect", "nowhere"), "nowhere"),
+        (("detect", "study.nii.gz", ".", "--series", "1.2.3"), "--series"),
+        (("detect", "nowhere.csv", "--out", "x"), "nowhere.csv"),
         (("detect", "study.nii.gz", "--model", "study.nii.gz"), "study.nii.gz"),
         (("train", "encoder", "--studies", "nowhere.csv", "--out", "x.safetensors"), "nowhere.csv"),
         (("serve", "nowhere"), "nowhere"),
