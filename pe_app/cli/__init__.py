@@ -86,6 +86,7 @@ def main() -> None:
     """Run the command line."""
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every attribute
     try:
         app()
     except InputError as error:
