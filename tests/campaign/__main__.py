@@ -64,6 +64,10 @@ def run(
         every += found
         failed = sum(len(row.failures) for row in found)
         show(f"{part}: {sum(row.tried for row in found)} tried, {failed} failed, {time.monotonic() - begun:.0f} s")
+        for row in found:
+            show(f"  {row.what}: {row.figures}")
+            for failure in row.failures[:5]:
+                show(f"    FAILED: {failure[:300]}")
     return every
 
 

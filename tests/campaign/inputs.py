@@ -63,12 +63,12 @@ class Watch:
             self._failed(name, f"outside of the store: {sorted(now ^ self.before)[:3]}")
             self.before = now
         latest = time.monotonic() + 2
-        while (left := os.listdir(self.world.tmp)) and time.monotonic() < latest:
+        while (left := self.world.temporary()) and time.monotonic() < latest:
             time.sleep(0.01)
         if left:
             self._failed(name, f"left in the temporary folder: {left[:3]}")
             for file in left:
-                subprocess.run(["rm", "-rf", str(self.world.tmp / file)], check=False)
+                Path(file).unlink(missing_ok=True)
 
     def _outside(self) -> set[tuple[str, int, int]]:
         """Files beside the studies folder, and the traps in /tmp."""

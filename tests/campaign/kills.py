@@ -58,6 +58,8 @@ def random_kills(zygote: Zygote, seed: int, kills: int, report: ProgressCallback
                 starts.append(seconds)
                 row.failures += [f"kill {life}: {wrong}" for wrong in journal.wrong()]
             pause(clients)
+        if left := world.temporary():
+            row.failures.append(f"killed servers left temporary files: {left[:3]}")
         row.failures += journal.missing_versions()
         row.failures += [f"{client.name}: {answer}" for client in clients for answer in client.unexpected]
         kept = journal.acknowledged()

@@ -52,8 +52,8 @@ def crowd(zygote: Zygote, seed: int, seconds: float, report: ProgressCallback) -
         in_another = sum("original" in entries[study]["labels"] for study in STUDIES)
         if not in_another:
             row.failures.append(f"the batch saved nothing under its tag: {[*entries[STUDIES[0]]['labels']]}")
-        if left := list(world.tmp.iterdir()):
-            row.failures.append(f"left in the temporary folder: {[path.name for path in left][:3]}")
+        if left := world.temporary():
+            row.failures.append(f"left in the temporary folder: {left[:3]}")
         before = state(world)
         world.kill()
         world.start()

@@ -326,7 +326,7 @@ def _temporary(world: World) -> str:
         world.request("POST", "/infer/candidates", params={"image": STUDIES[0]})
         world.request("POST", "/infer/candidates", params={"image": "cut"})
     latest = time.monotonic() + 5
-    while (left := os.listdir(world.tmp)) and time.monotonic() < latest:
+    while (left := world.temporary()) and time.monotonic() < latest:
         time.sleep(0.05)
     assert not left, left
     return "0 files after 15 failed and 5 good requests"

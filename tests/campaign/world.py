@@ -247,6 +247,11 @@ class World:
         entries = self.request("GET", f"/pe/studies/{study}").json()["schedule"]
         return [entry["slice_index"] for entry in entries if entry["why"] == "schedule"]
 
+    def temporary(self) -> list[str]:
+        """The files in the server's temporary folders: the process' own and the one in its store."""
+        kept = self.studies / ".pe" / "tmp"
+        return [str(path) for folder in (self.tmp, kept) for path in folder.rglob("*") if path.is_file()]
+
     def log_tail(self) -> str:
         """The end of the server's log, for failures."""
         return self.log.read_text(errors="replace")[-1500:] if self.log.is_file() else ""

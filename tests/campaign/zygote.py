@@ -71,8 +71,9 @@ class Steps:
         self._fsync(descriptor)
 
     def _step(self, event: str, *paths: str) -> None:
-        if not os.path.abspath(paths[-1]).startswith(self._folder) or paths[-1].endswith(".lock"):
-            return
+        place = os.path.abspath(paths[-1])
+        if not place.startswith(self._folder) or place.endswith(".lock") or "/.pe/tmp/" in place:
+            return  # not what is kept
         if self._armed and not os.path.exists(self._armed):
             return
         with self._counting:
