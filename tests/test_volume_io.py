@@ -24,8 +24,10 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     JPEG2000,
+    DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     JPEG2000Lossless,
+    JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -218,6 +220,28 @@ def test_near_lossless_slices_are_read_within_their_error_and_marked(write_serie
     off = np.abs(volume.voxels - (stored.astype(np.int16) - 1024))
     assert 0 < off.max() <= 3
     assert volume.source.facts.lossy.startswith("JPEG-LS near-lossless")
+
+
+def test_12_bit_jpeg_is_read_and_marked_as_lossy(write_series):
+    smooth = np.add.outer(np.arange(2), np.add.outer(np.linspace(0, 900, 64), np.linspace(0, 300, 64)))
+    stored = (smooth + 200).astype(np.uint16)
+    folder = write_series(stored, BitsStored=12, HighBit=11)
+    for path in folder.iterdir():
+        dcmtk("dcmcjpeg", "+ee", "+q", "95", path, path.with_suffix(".out"))
+        path.with_suffix(".out").rename(path)
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == JPEGExtended12Bit
+    volume = read_volume(folder)
+    assert np.abs(volume.voxels - (stored.astype(np.int16) - 1024)).max() < 12
+    assert volume.source.facts.lossy.startswith("JPEG, ")
+
+
+def test_deflated_slices_are_read(write_series):
+    folder = write_series(stored_pixels())
+    for path in folder.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        dataset.save_as(path)
+    np.testing.assert_array_equal(read_volume(folder).voxels, stored_pixels().astype(np.int16) - 1024)
 
 
 @pytest.mark.parametrize("marked", [True, False])
