@@ -9,9 +9,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from small_studies import SLABS, small_chest, small_studies
+from typer.testing import CliRunner
 
 from pe_app.baselines.cnn3d import CNN3DConfig
 from pe_app.baselines.penet import PENetConfig
+from pe_app.cli import app
 from pe_app.comparison.page import rows, write_comparison
 from pe_app.comparison.run import Outcome, compare, finished
 from pe_app.comparison.systems import SYSTEMS, Plan, choose_systems, core_studies, small_plan
@@ -234,3 +236,14 @@ def test_fine_tuning_changes_both_stages_and_says_so_in_the_card(compared):
 def test_the_plan_is_written_beside_the_results(compared):
     out, _ = compared
     assert json.loads((out / "comparison.json").read_text())["plan"]["encoder"]["negative_slabs"] == "matched"
+
+
+def test_the_commands_say_what_is_missing(tmp_path):
+    nothing = CliRunner().invoke(app, ["phantom", "--out", str(tmp_path)])
+    assert isinstance(nothing.exception, InputError)
+    assert "--studies 8" in str(nothing.exception)
+    (tmp_path / "list.csv").write_text("study,path\na,a.nrrd\n")
+    words = ["compare", "--studies", str(tmp_path / "list.csv"), "--out", str(tmp_path / "out")]
+    untested = CliRunner().invoke(app, words)
+    assert "2 positive and 2 negative studies of split 'test'" in str(untested.exception)
+    assert not (tmp_path / "out").exists()
