@@ -119,6 +119,17 @@ def test_importing_again_imports_nothing_twice_and_says_so(disc, tmp_path, write
     assert len(read_studies(tmp_path / "studies" / "studies.csv")) == 2
 
 
+def test_a_ct_whose_record_is_damaged_is_not_overwritten_and_stops_no_other(disc, tmp_path):
+    studies = tmp_path / "studies"
+    import_studies([disc / "b"], studies)
+    (path,) = cts(studies)
+    source_path(path).write_text("{")
+    lines = by_series(import_studies([disc], studies))
+    assert lines["1.3.4"].status == "failed"
+    assert path.name in lines["1.3.4"].reason
+    assert lines["1.3.1"].status == "imported"
+
+
 def test_lines_of_a_list_that_is_there_stay(disc, tmp_path):
     studies = tmp_path / "studies"
     import_studies([disc / "a"], studies)
@@ -136,13 +147,14 @@ def test_an_interrupted_import_leaves_whole_studies_and_goes_on(disc, tmp_path):
         if progress.task == "convert" and progress.done == 1:
             raise Cancelled
 
+    (studies / ".pe" / "import-killed").mkdir(parents=True)  # left by one that was killed while it unpacked
     with pytest.raises(Cancelled):
         import_studies([disc], studies, progress=stop)
     assert len(cts(studies)) == len(read_studies(studies / "studies.csv")) == 1
     lines = import_studies([disc], studies)
     assert sorted(line.status for line in lines) == ["imported", "known", "left out", "left out"]
     assert all(read_volume(path).shape == SHAPE for path in cts(studies))
-    assert not list((studies / ".pe").glob("tmp*"))
+    assert not list((studies / ".pe").glob("import-*"))
 
 
 def zipped(folder: Path, path: Path) -> Path:

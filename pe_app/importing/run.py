@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -124,11 +126,11 @@ def import_studies(
     private = studies / ".pe"
     try:
         private.mkdir(parents=True, exist_ok=True)
-        with (
-            FileLock(private / "import.lock", timeout=0),
-            tempfile.TemporaryDirectory(dir=private) as unpacked,
-            Processes(settings.workers) as processes,
-        ):
+        with FileLock(private / "import.lock", timeout=0), ExitStack() as stack:
+            for left in private.glob("import-*"):  # by one that was killed
+                shutil.rmtree(left)
+            unpacked = stack.enter_context(tempfile.TemporaryDirectory(prefix="import-", dir=private))
+            processes = stack.enter_context(Processes(settings.workers))
             return _Import(studies, settings, progress, processes).run(sources, Path(unpacked))
     except Timeout as error:
         raise InputError(f"{studies}: another import into this folder is running: wait for it to end") from error
@@ -256,7 +258,7 @@ class _Import:
                     self._add(members, files, "known" if is_it else "left out", study, fault=fault)
                 self.added.append(Study(study, path, self._patient(patient)))
             elif path.exists():
-                fault = InputError(f"{path.name} is there and was not imported from this study: rename it")
+                fault = InputError(f"{path.name} is there without a record that it came from this study: move it away")
                 for members in usable:
                     self._add(members, files, "failed", study, fault=fault)
             elif usable:
@@ -319,7 +321,10 @@ class _Import:
 
     def _known(self, path: Path, uid: str) -> str:
         """The series that an earlier import took of this study; empty where there was none."""
-        record = read_source(source_path(path)) if path.exists() else None
+        record = None
+        if path.exists():
+            with suppress(InputError):  # a damaged record names nobody
+                record = read_source(source_path(path))
         return record.series_uid if record and record.study_uid in (uid, self._uid(uid)) else ""
 
     def _name(self, patient: str, uid: str) -> str:
