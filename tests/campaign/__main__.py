@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import secrets
 import signal
@@ -116,7 +117,8 @@ def main() -> int:
     failed = sum(len(row.failures) for row in found)
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     tried, minutes = sum(row.tried for row in found), (time.monotonic() - begun) / 60
-    end = f"{tried} tried, {failed} failed, {minutes:.1f} minutes, seed {seed}, {machine}"
+    cpu = sum(os.times()[:4]) / 60  # of the children, too: all have ended
+    end = f"{tried} tried, {failed} failed, {minutes:.1f} minutes ({cpu:.1f} of CPU), seed {seed}, {machine}"
     print(f"\n{table}\n\n{end}")
     if said.table:
         said.table.write_text(f"{table}\n\n{end}\n", encoding="utf-8")

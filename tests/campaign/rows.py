@@ -358,6 +358,11 @@ def _until_epoch(world: World, epoch: int) -> None:
     _until(f"epoch {epoch}", there)
 
 
+def _stop_training(world: World) -> None:
+    world.request("DELETE", "/train/")
+    _until("the training stops", lambda: not _status(world)["running"])
+
+
 def _training_dies(world: World) -> str:
     for number, study in enumerate(STUDIES):
         said = {"info": json.dumps({"pe_label": "positive" if number % 2 else "negative"})}
@@ -384,8 +389,10 @@ def _training_dies(world: World) -> str:
     tasks = _status(world)["tasks"]
     world.request("POST", "/train/encoder", json=TRAINING).raise_for_status()
     _until_epoch(world, after + 1)
+    goes_on = _status(world)["encoder"]["epoch"]
     assert len(_status(world)["tasks"]) >= len(tasks) >= 2, tasks
-    return "; ".join(said) + f"; goes on at epoch {_status(world)['encoder']['epoch']}"
+    _stop_training(world)
+    return "; ".join(said) + f"; goes on at epoch {goes_on}"
 
 
 def _two_trainings(world: World) -> str:
@@ -394,8 +401,7 @@ def _two_trainings(world: World) -> str:
     assert 429 in codes, codes
     _refused(answers[codes.index(429)], 429)
     assert _status(world)["running"], _status(world)
-    world.request("DELETE", "/train/")
-    _until("the training stops", lambda: not _status(world)["running"])
+    _stop_training(world)
     return f"{' and '.join(map(str, codes))} while one runs"
 
 
