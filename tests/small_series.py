@@ -14,7 +14,8 @@ SLICES, ROWS, COLUMNS = 24, 40, 32
 MARK_HU = 777
 TAGS = {
     "FrameOfReferenceUID": "1.2.3.4",
-    "PatientName": "Doe^Jane",
+    "SpecificCharacterSet": "ISO_IR 100",
+    "PatientName": "Döe^Jané",
     "PatientID": "P1",
     "PatientBirthDate": "19500101",
     "PatientSex": "F",

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import highdicom
 import numpy as np
@@ -145,10 +146,11 @@ def test_highdicom_reads_the_attention_back_with_its_place(write_series, tmp_pat
     )
 
 
-def test_the_objects_share_patient_study_and_frame_of_reference_with_their_source(write_series):
+def test_the_objects_share_patient_study_and_frame_of_reference_with_their_source(write_series, tmp_path):
     folder, volume = read_turned(write_series)
     source = pydicom.dcmread(next(iter(sources(folder).values())))
-    objects = detection_objects(detection_of(volume, WEAK), volume)
+    files = write_dicom_results(detection_of(volume, WEAK), volume, tmp_path / "o")
+    objects = {path.name: pydicom.dcmread(path) for path in files}
     assert set(objects) >= {"candidates.dcm", "attention.dcm", "report.dcm", "picture-0.dcm", "picture-1.dcm"}
     for name, dataset in objects.items():
         for keyword in ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber"):
@@ -266,6 +268,13 @@ def test_a_ct_that_did_not_come_from_dicom_is_told_what_to_do(write_series, tmp_
     alone = read_volume(tmp_path / "ct.nrrd")
     with pytest.raises(InputError, match="pe-app import"):
         detection_objects(detection_of(alone), alone)
+
+
+def test_a_series_without_a_frame_of_reference_is_told_so(write_series):
+    _, volume = read_turned(write_series)
+    lost = replace(volume, source=replace(volume.source, frame_of_reference_uid=""))
+    with pytest.raises(InputError, match="no frame of reference"):
+        detection_objects(detection_of(lost), lost)
 
 
 def test_an_annotation_without_embolism_makes_no_segmentation(write_series, tmp_path):

@@ -67,6 +67,8 @@ class Origin:
                 f"{volume.name}: is not known to come from DICOM, so that no result can refer to it: give the DICOM "
                 "folder, or import it with pe-app import"
             )
+        if not volume.source.frame_of_reference_uid:
+            raise InputError(f"{volume.name}: its headers name no frame of reference, so that no result can lie in it")
         return cls(volume, volume.source)
 
     @cached_property
