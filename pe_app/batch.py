@@ -143,8 +143,8 @@ def find_studies(paths: Sequence[Path]) -> Found:
             if [place for place, _ in places] == [path]:
                 said.append(f"{path}: one study")
             else:
-                names = f"studies, {found[0].study} to {found[-1].study}" if len(found) > 1 else f"file, {found[0].study}"
-                said.append(f"{path}: {len(found)} {names}")
+                names = [found[0].study, found[-1].study] if len(found) > 1 else [found[0].study]
+                said.append(f"{path}: {len(found)} {'studies' if len(found) > 1 else 'file'}, {' to '.join(names)}")
                 said += _shared_studies(path, places)
         studies += found
     single = len(paths) == 1 and [study.path for study in studies] == list(paths)
