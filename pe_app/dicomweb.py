@@ -73,6 +73,10 @@ class Unavailable(InputError):  # noqa: N818 - a state, not a fault
     """The archive is down, too slow or failing: the same call may work later."""
 
 
+class Incomplete(Unavailable):
+    """The archive works, but a series of it did not come whole, after several attempts."""
+
+
 @dataclass(frozen=True)
 class Access:
     """How to reach an archive.
@@ -433,12 +437,12 @@ class Archive:
         except FormParserError as error:
             raise self._nonsense(f"series {series.series} comes as a damaged multipart ({error})") from error
         if not parts.complete:
-            raise Unavailable(
+            raise Incomplete(
                 f"{self._name}: series {series.series} was cut off after {parts.count} of "
                 f"{series.instances or 'unknown'} instances"
             )
         if parts.count < max(1, series.instances):
-            raise Unavailable(
+            raise Incomplete(
                 f"{self._name}: it sent {parts.count} instances of series {series.series}, "
                 f"but lists {max(1, series.instances)}"
             )

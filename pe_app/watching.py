@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 LEDGER = "watched.jsonl"
 STAGING = ".arriving"
+ATTEMPTS = 3
+"""A study that could not be had so often is reported; each attempt waits four times as long as the one before."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ class _Stream:
         self._handed: dict[str, str] = {}
         self._seen: dict[str, tuple[str, float]] = {}
         self._again: dict[str, float] = {}
+        self._attempts: dict[str, int] = {}
 
     def studies(self) -> Iterator[BatchStudy]:
         """Every study that is whole and was not handed over as it is; without end unless ``once``."""
@@ -285,9 +288,10 @@ class _Stream:
                 if self.stop.is_set():
                     return
                 study = self._staged(arrival)
-                if study is None:
-                    break
-                yield study
+                if study is not None:
+                    yield study
+                elif not self._settings.once:
+                    break  # the whole source may be away: the next look tells
             if self._settings.once and (len(ready) == len(open_ones) or not first):
                 return
             first = False
@@ -308,9 +312,13 @@ class _Stream:
         for arrival in arrivals:
             if self._seen.get(arrival.study, ("", 0.0))[0] != arrival.fingerprint:
                 self._seen[arrival.study] = arrival.fingerprint, now
-        due = {study for study, at in list(self._again.items()) if at < now}
+        again = dict(self._again)
         return sorted(
-            (one for one in arrivals if self._handed.get(one.study) != one.fingerprint or one.study in due),
+            (
+                one
+                for one in arrivals
+                if (again[one.study] < now if one.study in again else self._handed.get(one.study) != one.fingerprint)
+            ),
             key=lambda arrival: arrival.order,
         )
 
@@ -319,19 +327,24 @@ class _Stream:
         return max(arrival.quiet_s, observed_s) >= self._settings.settle_s
 
     def _staged(self, arrival: Arrival) -> BatchStudy | None:
-        """The study for the batch; None where it cannot be had now, and nothing else of its source can."""
+        """The study for the batch; None where it cannot be had now."""
         folder = self._folder(arrival.study, arrival.fingerprint)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        error = None
+        error: InputError | None = None
         path = folder
         try:
             path = self._source.stage(arrival, folder)
         except Unavailable as fault:
-            log.warning("study %s: %s; it is tried again", arrival.study, fault)
-            return None
+            attempts = self._attempts[arrival.study] = self._attempts.get(arrival.study, 0) + 1
+            if attempts < ATTEMPTS or self._settings.once:  # a later run tries again
+                log.warning("study %s: %s; it is tried again", arrival.study, fault)
+                self._again[arrival.study] = time.monotonic() + self._settings.every_s * 4**attempts
+                return None
+            error = fault
         except InputError as fault:
             error = fault
+        self._attempts.pop(arrival.study, None)
         self._handed[arrival.study] = arrival.fingerprint
         self._again.pop(arrival.study, None)
         return BatchStudy(arrival.study, path, fingerprint=arrival.fingerprint, error=error)

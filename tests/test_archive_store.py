@@ -1,5 +1,6 @@
 """Studies of a real archive (Orthanc) as a datastore: fetched on first use, served whatever becomes of the archive."""
 
+import io
 import os
 import signal
 import sys
@@ -10,16 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from app_server import APP, Server, chest, free_port
 from conftest import dicom_slice
 from orthanc import PASSWORD, USER, running_orthanc
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
+from typer.testing import CliRunner
 
 from pe_app.annotation import SparseAnnotation
+from pe_app.cli import app as command_line
 from pe_app.detector import Detector
-from pe_app.dicomweb import Access, Archive, Limits, Unavailable
+from pe_app.dicomweb import Access, Archive, Incomplete, Limits, Unavailable
 from pe_app.errors import InputError
 from pe_app.progress import Cancelled
 from pe_app.source_series import read_source, source_path
@@ -218,6 +222,26 @@ def test_while_the_archive_is_down_what_was_fetched_is_served_and_the_rest_says_
     assert store.volume("1.2.2").shape == (32, 64, 64)
 
 
+def test_a_study_that_never_comes_whole_does_not_hold_up_others(orthanc, opened, tmp_path, monkeypatch):
+    for seed in (1, 2):
+        orthanc.add(write_dicom(tmp_path / "sent", seed))
+    store = opened()
+    monkeypatch.setattr(lib.archive, "DOWN_SECONDS", 600.0)
+    retrieve, calls = store.archive.retrieve, []
+
+    def cut_off(series, *said):
+        calls.append(series.study)
+        if series.study == "1.2.1":
+            raise Incomplete("it was cut off")
+        retrieve(series, *said)
+
+    monkeypatch.setattr(store.archive, "retrieve", cut_off)
+    for _ in range(2):
+        assert store.facts("1.2.1").reason == "it was cut off"
+    assert store.volume("1.2.2").shape == (32, 64, 64)
+    assert calls == ["1.2.1", "1.2.2"]
+
+
 def test_an_archive_that_was_never_reached_is_said_at_the_start(orthanc, opened):
     orthanc.stop()
     with pytest.raises(Unavailable, match="cannot be reached"):
@@ -267,6 +291,32 @@ def test_a_training_fetches_only_studies_that_somebody_labelled(orthanc, opened,
     (study,) = store.studies()
     assert (study.study, study.label, study.patient) == ("1.2.2", "negative", "patient-2")
     assert fetched(store) == ["1.2.2.nrrd"]
+
+
+def test_outlines_drawn_on_a_fetched_ct_go_back_to_the_archive_when_asked(orthanc, opened, tmp_path, monkeypatch):
+    orthanc.add(write_dicom(tmp_path / "sent", 1))
+    instances = set(orthanc.instances())
+    store = opened()
+    volume, (_, mask) = store.volume("1.2.1"), small_chest(1, emboli=2)
+    drawn = np.flatnonzero(mask.voxels.any(axis=(1, 2)))[:2].tolist()
+    SparseAnnotation.from_mask(volume, mask, drawn, "ann", "2026-11-02T08:00:00Z").write(tmp_path / "a.json", volume)
+    monkeypatch.setenv("PE_ARCHIVE_PASSWORD", PASSWORD)
+    words = [store.get_image_uri("1.2.1"), tmp_path / "a.json", "--out", tmp_path / "a.dcm"]
+    options = ["--send", orthanc.url, "--user", USER]
+    answer = CliRunner().invoke(command_line, ["export-seg", *map(str, words), *options], catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    (sent,) = (file for uid, file in orthanc.instances().items() if uid not in instances)
+    segmentation = pydicom.dcmread(io.BytesIO(sent))
+    assert (segmentation.Modality, segmentation.StudyInstanceUID, segmentation.PatientID) == (
+        "SEG",
+        "1.2.1",
+        "patient-1",
+    )
+    referred = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert {one.ReferencedSOPInstanceUID for one in referred} <= instances
+    store.update()
+    assert store.list_images() == ["1.2.1"]
+    assert store.volume("1.2.1").sha256 == volume.sha256
 
 
 # --- the whole of it

@@ -18,7 +18,7 @@ from conftest import dicom_slice
 from orthanc import PASSWORD, USER, Orthanc, running_orthanc
 
 from pe_app.cli.options import archive_access
-from pe_app.dicomweb import BATCH_BYTES, Access, Archive, ArchiveSeries, Limits, Unavailable
+from pe_app.dicomweb import BATCH_BYTES, Access, Archive, ArchiveSeries, Incomplete, Limits, Unavailable
 from pe_app.errors import InputError
 from pe_app.progress import Cancelled
 from pe_app.volume_io import read_volume
@@ -360,11 +360,11 @@ def of_another_patient(parts):
         (lambda parts: answer(parts[0], "application/dicom"), InputError, "expected a series as multipart/related"),
         (lambda parts: answer("", "multipart/related"), InputError, "expected a series as multipart/related"),
         (lambda parts: answer("nothing of it", MULTIPART), InputError, "comes as a damaged multipart"),
-        (lambda parts: answer("", MULTIPART), Unavailable, "cut off after 0 of 3"),
-        (lambda parts: answer(multipart([]), MULTIPART), Unavailable, "sent 0 instances"),
-        (lambda parts: answer(multipart(parts[:2]), MULTIPART), Unavailable, "sent 2 instances of .* but lists 3"),
-        (lambda parts: cut_off(multipart(parts)[:-700], MULTIPART), Unavailable, "cut off after 2 of 3"),
-        (lambda parts: cut_off(multipart(parts)[:-4], MULTIPART), Unavailable, "cut off after 3 of 3|after 2 of 3"),
+        (lambda parts: answer("", MULTIPART), Incomplete, "cut off after 0 of 3"),
+        (lambda parts: answer(multipart([]), MULTIPART), Incomplete, "sent 0 instances"),
+        (lambda parts: answer(multipart(parts[:2]), MULTIPART), Incomplete, "sent 2 instances of .* but lists 3"),
+        (lambda parts: cut_off(multipart(parts)[:-700], MULTIPART), Incomplete, "cut off after 2 of 3"),
+        (lambda parts: cut_off(multipart(parts)[:-4], MULTIPART), Incomplete, "cut off after 3 of 3|after 2 of 3"),
         (lambda parts: cut_off(multipart(parts)[:900], MULTIPART, length=4000), Unavailable, "connection broke off"),
         (not_dicom, InputError, "is not DICOM"),
         (of_another_patient, InputError, r"sent an instance of 1\.2\.9\.9"),

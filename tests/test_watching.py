@@ -213,9 +213,13 @@ def test_a_source_that_can_never_be_used_is_said_at_once(ct, watching):
         list(watching(Scripted(ct, Unavailable("down")), ONCE))
 
 
-def test_a_study_that_cannot_be_had_is_reported_and_one_that_is_away_is_tried_again(ct, watching):
-    source = Scripted(ct, [arrival("bad"), arrival("away", order=1), arrival("good", order=2)])
-    faults = {"bad": [InputError("it is nonsense")], "away": [Unavailable("down"), Unavailable("down")]}
+def test_a_study_that_cannot_be_had_stops_no_other_and_is_reported_in_the_end(ct, watching, monkeypatch):
+    monkeypatch.setattr("pe_app.watching.ATTEMPTS", 2)
+    source = Scripted(
+        ct, [arrival("bad"), arrival("broken", order=1), arrival("away", order=2), arrival("good", order=3)]
+    )
+    cut = Unavailable("it was cut off")
+    faults = {"bad": [InputError("it is nonsense")], "away": [cut], "broken": [cut] * 9}
     stage = source.stage
 
     def failing(arrival, folder):
@@ -225,13 +229,22 @@ def test_a_study_that_cannot_be_had_is_reported_and_one_that_is_away_is_tried_ag
 
     source.stage = failing
     outcomes = watching(source, WatchSettings(every_s=0.01, settle_s=0))
-    said = [next(outcomes) for _ in range(3)]
+    said = {outcome.study: outcome.message for outcome in (next(outcomes) for _ in range(4))}
     outcomes.close()
-    assert [(outcome.study, outcome.message) for outcome in said] == [
-        ("bad", "it is nonsense"),
-        ("away", "1"),
-        ("good", "1"),
-    ]
+    assert said == {"bad": "it is nonsense", "broken": "it was cut off", "away": "1", "good": "1"}
+    assert names(watching(source, ONCE)) == []
+
+
+def test_a_single_pass_leaves_what_cannot_be_had_to_the_next(ct, watching):
+    source = Scripted(ct, [arrival("away"), arrival("good", order=1)])
+    stage, faults = source.stage, [Unavailable("it was cut off")]
+    source.stage = lambda arrival, folder: stage(arrival, folder) if not faults else _raise(faults.pop())
+    assert names(watching(source, ONCE)) == ["good"]
+    assert names(watching(source, ONCE)) == ["away"]
+
+
+def _raise(error):
+    raise error
 
 
 def test_what_could_not_be_published_is_tried_again_later(ct, watching, tmp_path):

@@ -31,7 +31,7 @@ from lib.images import ImageFacts
 from lib.store import StudyStore
 from monailabel.datastore.local import ImageLabelModel
 
-from pe_app.dicomweb import Access, Archive, ArchiveSeries, Unavailable
+from pe_app.dicomweb import Access, Archive, ArchiveSeries, Incomplete, Unavailable
 from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.progress import Progress, ProgressCallback, silent
@@ -46,6 +46,8 @@ REFRESH_SECONDS = 60.0
 """Between two looks at what the archive holds."""
 DOWN_SECONDS = 20.0
 """After the archive could not be reached, requests are told so at once for that long, instead of waiting each."""
+INCOMPLETE_SECONDS = 600.0
+"""A study that did not come whole is not fetched again for that long: others are chosen meanwhile."""
 GRACE_SECONDS = 600.0
 """A CT that was used in the last minutes stays: somebody may be reading its file."""
 CACHE_GB = 50.0
@@ -128,7 +130,7 @@ class ArchiveStore(StudyStore):
         self._fetching: dict[str, Progress] = {}
         self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._slots = threading.Semaphore(FETCHES_AT_ONCE)
-        self._down: tuple[float, str] = (0.0, "")
+        self._away: dict[str, tuple[float, str]] = {}  # of a study, or of the archive as ""
         super().__init__(folder)
         self._name_patients()
 
@@ -156,7 +158,7 @@ class ArchiveStore(StudyStore):
             InputError: if it does not answer; what was known before stands.
         """
         now = self.archive.studies(self._settings.query)
-        self._down = (0.0, "")
+        self._away.pop("", None)
         if now == self._series:
             return
         content = {study: [asdict(one) for one in series] for study, series in now.items()}
@@ -291,9 +293,10 @@ class ArchiveStore(StudyStore):
         known = self._fetched(study)
         if known and known.reason:
             raise InputError(known.reason)
-        until, said = self._down
-        if time.monotonic() < until:
-            raise Unavailable(said)
+        for away in ("", study):
+            until, said = self._away.get(away, (0.0, ""))
+            if time.monotonic() < until:
+                raise Unavailable(said)
 
         def report(fetching: Progress) -> None:
             self._fetching[study] = fetching
@@ -304,7 +307,9 @@ class ArchiveStore(StudyStore):
                 held = self.archive.studies({**self._settings.query, "StudyInstanceUID": study}).get(study, ())
                 taken, reason = self._take(held, path, report)
         except Unavailable as error:
-            self._down = (time.monotonic() + DOWN_SECONDS, str(error))
+            alone = isinstance(error, Incomplete)
+            seconds = INCOMPLETE_SECONDS if alone else DOWN_SECONDS
+            self._away[study if alone else ""] = time.monotonic() + seconds, str(error)
             raise
         fetched = Fetched({one.series: one.instances for one in held}, taken, reason)
         write_durably(self._fetched_path(study), json.dumps(asdict(fetched)))
