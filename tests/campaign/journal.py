@@ -99,7 +99,7 @@ class Journal:
             folder = self.world.studies / ".pe" / "history" / study / "annotation"
             kept = set()
             for path in folder.glob("*.json"):
-                if path.name != "current.json":
+                if path.name != "current.json" and not path.name.startswith("."):  # unfinished ones of killed servers
                     annotation = json.loads(path.read_text())
                     label = path.with_name(path.name.replace(".json", ".seg.nrrd")).read_bytes()
                     kept.add(annotation_content(annotation["slices"], label))

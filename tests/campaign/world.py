@@ -99,7 +99,7 @@ class Zygote:
     def close(self) -> None:
         """End it: it kills all that is left and removes the work folder."""
         self._process.stdin.close()
-        self._process.wait(60)
+        self._process.wait(300)  # seconds, but for a very busy machine
         self._log.close()
 
 
