@@ -54,7 +54,6 @@ def serve(
 ) -> None:  # fmt: skip
     """The MONAI Label server for Slicer: detections, sparse annotations, active learning, training."""
     import pe_monailabel  # noqa: F401 - puts the app's own modules on the path
-    from lib.archive import ArchiveSettings
     from lib.door import Door
     from lib.guard import is_loopback
 
@@ -62,6 +61,7 @@ def serve(
         tokens = DEFAULT_FILE
     door = Door(tokens, certificate, key, plain_http, tuple(allow_host or ()), max_upload_mb << 20)
     door.check(host)  # before torch is loaded
+    from lib.archive import ArchiveSettings
     from lib.server import serve as serve_studies
 
     if "://" not in studies:
