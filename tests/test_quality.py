@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pe_app.volume import Volume, axial_affine
 from pe_app.volume_io import read_volume
 
 
+@lru_cache(maxsize=6)  # a second each, and nobody writes into them
 def chest(
     blood: float = 300.0,
     slices: int = 80,
