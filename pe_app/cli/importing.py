@@ -67,12 +67,17 @@ def _show(lines: Sequence[ImportLine]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("status", "study", "patient", "series", "slices", "quality", "reason", box=None, pad_edge=False)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    table = Table(box=None, pad_edge=False)
+    for heading in ("status", "study", "patient", "series", "slices", "quality", "reason"):
+        table.add_column(heading, no_wrap=heading in ("status", "study", "slices", "quality"), overflow="fold")
     for line in lines[:ROWS_SHOWN]:
         name = line.description or line.series
         reason = f"{line.codes}: {line.reason}" if line.codes else line.reason
         cells = (line.status, line.study, line.patient, name, str(line.slices or ""), line.quality, reason)
         table.add_row(*(Text(cell) for cell in cells))
-    Console().print(table)
+    console.print(table)
     if len(lines) > ROWS_SHOWN:
         typer.echo(f"... and {len(lines) - ROWS_SHOWN} lines more")
