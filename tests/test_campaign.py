@@ -28,15 +28,15 @@ def holds(*found):
 
 
 def test_no_acknowledged_save_is_lost_when_the_server_is_killed_at_random_moments(zygote):
-    holds(kills.random_kills(zygote, SEED, 5, silent))
+    holds(kills.random_kills(zygote, SEED, 4, silent))
 
 
 def test_a_save_that_is_killed_at_any_step_is_the_former_or_the_new_one_and_survives_a_power_cut(zygote):
-    holds(*kills.every_step(zygote, 20, silent))
+    holds(*kills.every_step(zygote, 30, silent))
 
 
 def test_a_start_that_is_killed_at_any_step_can_be_repeated(zygote):
-    holds(kills.start_steps(zygote, 15, silent))
+    holds(kills.start_steps(zygote, 25, silent))
 
 
 def test_a_full_disk_is_said_and_changes_nothing(zygote):
@@ -44,7 +44,7 @@ def test_a_full_disk_is_said_and_changes_nothing(zygote):
 
 
 def test_bad_inputs_are_refused_in_words_and_leave_nothing(zygote):
-    holds(*inputs.bad_inputs(zygote, SEED, 0.05, silent))
+    holds(*inputs.bad_inputs(zygote, SEED, 0.03, silent))
 
 
 def test_what_the_stock_server_did_wrong_this_one_does_right(zygote):
