@@ -56,6 +56,9 @@ CHEST_FIELD_MM = 340.0
 MARKED_SLICES = 12
 """At most so many slices of a twin pair are marked in each, evenly over all that show an embolus."""
 
+SMALLEST_MARK_MM2 = 30.0
+"""A slice that shows less of an embolus (a disc of 6 mm) is not marked: at first there is nothing to learn from it."""
+
 PHANTOM_SPACINGS_MM = (1.25, 2.0, 2.5)
 SINGLE_SLICE_SPACING_MM = 2.5
 SINGLE_SLICE_COUNT = 28
@@ -66,12 +69,12 @@ class Recipe:
     """How much of what goes into the starter model.
 
     Attributes:
-        phantoms: simulated patients, each with emboli and without; every fifth validates.
+        phantoms: simulated patients, each with emboli and without; every sixth validates.
         variations: of each real background, each with painted emboli and without; they train.
         slice_variations: of each real single slice, likewise; they teach stage I only. Every fourth slice validates.
         held_out: simulated patients, and variations of each held-out background, that are only looked at in the end.
-        windows: stage I, first on windows of half the width.
-        whole: stage I, then on whole slabs.
+        stages: stage I: what a clot is, on small windows and without attention; then where, on larger ones; then on
+            whole slabs. Attention from the first step on teaches where clots usually are, and the twins stay alike.
         classifier: stage II.
     """
 
@@ -80,30 +83,22 @@ class Recipe:
     slice_variations: int = 3
     held_out: int = 10
     seed: int = 2027
-    windows: EncoderTraining = field(
-        default_factory=lambda: EncoderTraining(
-            epochs=18,
-            batch=24,
-            learning_rate=4e-4,
-            schedule="cosine",
-            seed=1,
-            augment=True,
-            augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=40, window_cells=12),
-        )
-    )
-    whole: EncoderTraining = field(
-        default_factory=lambda: EncoderTraining(
-            epochs=3,
-            batch=12,
-            learning_rate=1.5e-4,
-            schedule="cosine",
-            seed=2,
-            augment=True,
-            augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=40),
-        )
-    )
+    stages: tuple[EncoderTraining, ...] = (
+        EncoderTraining(
+            epochs=36, batch=16, twins=True, attention_weight=0.0, learning_rate=1e-3, schedule="cosine", seed=1,
+            augment=True, augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=30, window_cells=6),
+        ),
+        EncoderTraining(
+            epochs=8, batch=6, twins=True, attention_weight=0.5, learning_rate=3e-4, schedule="cosine", seed=2,
+            augment=True, augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=30, window_cells=12),
+        ),
+        EncoderTraining(
+            epochs=2, batch=3, twins=True, attention_weight=0.5, learning_rate=1e-4, schedule="cosine", seed=3,
+            augment=True, augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=30),
+        ),
+    )  # fmt: skip
     classifier: ClassifierTraining = field(
-        default_factory=lambda: ClassifierTraining(epochs=8, batch=4, learning_rate=3e-4, schedule="cosine", seed=1)
+        default_factory=lambda: ClassifierTraining(epochs=6, batch=4, learning_rate=3e-4, schedule="cosine", seed=1)
     )
 
 
@@ -309,14 +304,20 @@ def write_twins(source: TwinSource, out: Path) -> tuple[Study, ...]:
     names = [f"{source.name}_{kind}" for kind in ("pe", "none")]
     volumes = [out / "volumes" / f"{name}.nii" for name in names]
     annotations = [out / "annotations" / f"{name}.json" for name in names]
+    nothing_to_mark = out / "annotations" / f"{source.name}.nothing"
+    if nothing_to_mark.exists():
+        return ()
     if not annotations[1].exists():
         try:
             with_emboli, mask, without = source.make()
         except InputError as error:
             log.info("%s: %s", source.name, error)
+            nothing_to_mark.touch()
             return ()
-        shown = np.flatnonzero((mask.voxels.astype(np.uint8) > 0).sum(axis=(1, 2)) >= 4)
+        pixel_mm2 = mask.spacing_mm[1] * mask.spacing_mm[2]
+        shown = np.flatnonzero(np.count_nonzero(mask.voxels, axis=(1, 2)) * pixel_mm2 >= SMALLEST_MARK_MM2)
         if len(shown) == 0:
+            nothing_to_mark.touch()
             return ()
         marked = shown[np.unique(np.linspace(0, len(shown) - 1, MARKED_SLICES).round().astype(int))].tolist()
         write_volume(mask, out / "masks" / f"{source.name}_pe.nii.gz")
@@ -402,7 +403,7 @@ def main(
     """Make the studies, train both stages, measure on held-out studies, publish in half precision."""
     recipe = Recipe()
     with progress_bars() as progress:
-        sources = phantom_twins(recipe.phantoms, recipe.seed, lambda number: number % 5 == 4)
+        sources = phantom_twins(recipe.phantoms, recipe.seed, lambda number: number % 6 == 5)
         for number, argument in enumerate(background):
             sources += painted_twins(argument, recipe.variations, recipe.seed + 10 + number)
         for number, folder in enumerate(slices):
@@ -416,14 +417,17 @@ def main(
             for name, twins in apart.items()
         }
 
-        # Without a label the slices of a study without emboli come from its marks only: at the levels of the emboli.
-        marked = [replace(study, label="" if study.label == "negative" else study.label)
-                  for _, pair in pairs for study in pair]  # fmt: skip
         whole = [study for source, pair in pairs if source.whole for study in pair]
         write_studies(whole, work / "studies.csv")
-        windows, encoder, both = (work / f"{name}.safetensors" for name in ("windows", "encoder", "starter"))
-        train_encoder(marked, windows, settings=recipe.windows, synthetic=True, progress=progress)
-        train_encoder(marked, encoder, settings=recipe.whole, start_from=windows, synthetic=True, progress=progress)
+        # Without a label the slices of a study without emboli come from its marks only, at the levels of the emboli.
+        marked = [replace(study, label="" if study.label == "negative" else study.label)
+                  for _, pair in pairs for study in pair]  # fmt: skip
+        encoder, both = None, work / "starter.safetensors"
+        for number, settings in enumerate(recipe.stages, start=1):
+            former, encoder = encoder, work / f"encoder_{number}.safetensors"
+            train_encoder(marked, encoder, settings=settings, start_from=former, synthetic=True, progress=progress)
+        if encoder is None:
+            raise ValueError("a recipe needs a training of stage I")
         detector = train_classifier(
             whole, encoder, both, settings=recipe.classifier, synthetic=True, cache_dir=work / "features",
             progress=progress,

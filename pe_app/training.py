@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 from pe_app.datasets import (
     AnnotatedSlabs,
@@ -29,6 +30,7 @@ from pe_app.datasets import (
     StudyFeatures,
     StudyItem,
     StudySource,
+    TwinSlabs,
     augmented,
     encode_sources,
     encoder_key,
@@ -72,6 +74,8 @@ class EncoderTraining:
             trainings settle [ours].
         fresh_statistics: estimate the running statistics of batch normalisation anew over the training slabs at the end
             of every epoch, before validation: in short trainings they lag behind the weights [ours].
+        twins: learn from pairs of the same chest with and without embolism, as simulations can give them
+            (``datasets.TwinSlabs``), changed alike at random; a batch is then so many pairs [ours].
         precision: number format of the network; weights stay float32 [ours].
         workers: processes that read slabs ahead; 0 reads in between, which two processor cores like best.
         seed: of first weights, split, draw of slabs, order and augmentation.
@@ -88,6 +92,7 @@ class EncoderTraining:
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Schedule = "constant"
     fresh_statistics: bool = False
+    twins: bool = False
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 0
@@ -184,12 +189,23 @@ def train_encoder(
             )
             check_apart(train.files, validation.files)
 
+            together = 2 if settings.twins else 1
+            unchanged = Augmentation(False, 0, 0.0, settings.augmentation.window_cells)
+
             def score(items: SlabItem, generator: torch.Generator | None) -> Columns:
-                if settings.augment and generator is not None:
-                    items = augmented(items, settings.augmentation, start.slabs, generator)
+                if settings.twins:
+                    items = SlabItem(*(part.flatten(0, 1) for part in items))
+                if settings.augment:
+                    how = settings.augmentation if generator is not None else unchanged
+                    same = torch.Generator().manual_seed(settings.seed)
+                    items = augmented(items, how, start.slabs, generator or same, together)
                 return score_slabs(encoder, items, settings)
 
-            fit(run, encoder, optimiser, (train, validation), score, settings)
+            patients = {study.study: study.patient for study in usable}
+            sides: tuple[Dataset[SlabItem], Dataset[SlabItem]] = (train, validation)
+            if settings.twins:
+                sides = TwinSlabs(train, patients), TwinSlabs(validation, patients)
+            fit(run, encoder, optimiser, sides, score, settings)
             files = (*train.files, *validation.files)
             used = {**flat_settings(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
             used["start_from"] = start_from.name if start_from else None

@@ -13,6 +13,7 @@ from pe_app.datasets import (
     Augmentation,
     SlabItem,
     StudyFeatures,
+    TwinSlabs,
     augmented,
     encode_sources,
     encode_studies,
@@ -308,6 +309,46 @@ def test_windows_hold_an_embolism_and_those_without_lie_where_others_do():
         for number in range(8):
             row, column = rows[number], columns[number]
             assert torch.equal(changed.target[number], items.target[number, row : row + 2, column : column + 2])
+
+
+def twin_studies(folder: Path) -> tuple[Study, ...]:
+    """Two patients with emboli, each followed by the same chest where the emboli are lung, on the same slices."""
+    studies = []
+    for number in range(2):
+        volume, mask = small_chest(number, emboli=3)
+        without = np.where(mask.voxels > 0, -820, volume.voxels).astype(np.int16)
+        nothing = mask.with_voxels(np.zeros_like(mask.voxels))
+        shown = np.flatnonzero(mask.voxels.any(axis=(1, 2)))[::2].tolist()
+        for kind, voxels, outlines in (("pe", volume.voxels, mask), ("none", without, nothing)):
+            ct, path = volume.with_voxels(voxels), folder / f"{number}{kind}.nrrd"
+            write_volume(ct, path)
+            SparseAnnotation.from_mask(ct, outlines, shown, "reader").write(path.with_suffix(".json"), ct)
+            label = "positive" if kind == "pe" else ""
+            studies.append(Study(f"{number}{kind}", path, f"p{number}", label, path.with_suffix(".json")))
+    return tuple(studies)
+
+
+def test_twins_are_alike_but_for_the_embolism_and_are_changed_alike(tmp_path):
+    studies = twin_studies(tmp_path)
+    slabs = prepared(studies, tmp_path / "cache")
+    twins = TwinSlabs(slabs, {study.study: study.patient for study in studies})
+    assert len(twins) == int(slabs.labels.sum())
+    settings = Augmentation(flip=True, shift_cells=1, jitter_hu=40, window_cells=2)
+    for seed, pair in enumerate(twins):
+        assert pair.label.tolist() == [1, 0]
+        changed = augmented(pair, settings, SLABS, torch.Generator().manual_seed(seed), together=2)
+        for items in (pair, changed):
+            assert items.target[0].any()
+            assert not items.target[1].any()
+            marked = items.target[0].repeat_interleave(16, 0).repeat_interleave(16, 1) > 0
+            middle = items.slab[:, 2]
+            assert torch.equal(middle[0][~marked], middle[1][~marked])
+            assert not torch.equal(middle[0], middle[1])
+
+
+def test_studies_without_a_twin_are_refused(studies, tmp_path):
+    with pytest.raises(InputError, match="no twins among the studies"):
+        TwinSlabs(prepared(studies, tmp_path), {study.study: study.patient for study in studies})
 
 
 def test_augmentation_follows_its_generator_and_leaves_the_original():
