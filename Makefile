@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/pe-app demo --out demo
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # e.g. make campaign CAMPAIGN="--minutes 2 --seed 5 --part disk"
 campaign: install
