@@ -1,7 +1,7 @@
 """How long /info/, the next study and a save take in a store of many studies: ``python tests/large_store.py 10000``.
 
-Every study is a link to one small CT with facts and, for every other one, a detection of its own made up beside it: what
-the server knows of 10,000 hospital studies, without their 2 TB.
+Every study is a link to one small CT with facts and, for every other one, a detection of its own made up beside it:
+what the server knows of 10,000 hospital studies, without their 2 TB.
 """
 
 from __future__ import annotations

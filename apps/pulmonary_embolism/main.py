@@ -101,7 +101,11 @@ class PulmonaryEmbolismApp(MONAILabelApp):
         if request.get("save_label") and isinstance(task, CandidatesTask):
             said = request.get("label_tag") or "original"
             tag = str(getattr(said, "value", said))  # MONAI Label's batches send a member of an enum
-            self.store.save_label(study, file, tag, {"model": request["model"], "detection": params["model"]})
+            try:
+                self.store.save_label(study, file, tag, {"model": request["model"], "detection": params["model"]})
+            except BaseException:
+                Path(file).unlink(missing_ok=True)  # nobody will be sent it
+                raise
         return {"label": file, "tag": "original", "file": file, "params": params}
 
     def on_saved(self, study: str, meaning: Mapping[str, object], reader: str) -> None:
