@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +65,10 @@ SINGLE_SLICE_SPACING_MM = 2.5
 SINGLE_SLICE_COUNT = 28
 
 
+changed = partial(Augmentation, flip=True, shift_cells=2, jitter_hu=30)
+TWINS = EncoderTraining(twins=True, fresh_statistics=True, schedule="cosine", augment=True, seed=1)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How much of what goes into the starter model.
@@ -84,19 +89,14 @@ class Recipe:
     held_out: int = 10
     seed: int = 2027
     stages: tuple[EncoderTraining, ...] = (
-        EncoderTraining(
-            epochs=36, batch=16, twins=True, attention_weight=0.0, learning_rate=1e-3, schedule="cosine", seed=1,
-            augment=True, augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=30, window_cells=6),
+        replace(
+            TWINS, epochs=36, batch=16, learning_rate=1e-3, attention_weight=0.0, augmentation=changed(window_cells=6)
         ),
-        EncoderTraining(
-            epochs=8, batch=6, twins=True, attention_weight=0.5, learning_rate=3e-4, schedule="cosine", seed=2,
-            augment=True, augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=30, window_cells=12),
+        replace(
+            TWINS, epochs=8, batch=6, learning_rate=3e-4, attention_weight=0.5, augmentation=changed(window_cells=12)
         ),
-        EncoderTraining(
-            epochs=2, batch=3, twins=True, attention_weight=0.5, learning_rate=1e-4, schedule="cosine", seed=3,
-            augment=True, augmentation=Augmentation(flip=True, shift_cells=2, jitter_hu=30),
-        ),
-    )  # fmt: skip
+        replace(TWINS, epochs=2, batch=3, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()),
+    )
     classifier: ClassifierTraining = field(
         default_factory=lambda: ClassifierTraining(epochs=6, batch=4, learning_rate=3e-4, schedule="cosine", seed=1)
     )
