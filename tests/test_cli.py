@@ -117,7 +117,7 @@ def test_many_studies_make_a_worklist_and_the_bad_one_costs_exit_code_4_and_no_o
         (("detect", "study.nii.gz", "--model", "study.nii.gz"), "study.nii.gz"),
         (("train", "encoder", "--studies", "nowhere.csv", "--out", "x.safetensors"), "nowhere.csv"),
         (("serve", "nowhere"), "nowhere"),
-        (("serve", ".", "--host", "0.0.0.0"), "127.0.0.1"),
+        (("serve", ".", "--host", "0.0.0.0"), "pe-app tokens add"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workplace, arguments, sentence):
