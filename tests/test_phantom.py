@@ -241,6 +241,19 @@ def test_painted_emboli_do_not_touch_each_other():
             assert set(np.unique(mask[around])) <= {0, number}
 
 
+def test_every_painted_embolus_can_be_seen():
+    """Also where the mask of arteries reaches into vessels so thin that their voxels are mostly lung."""
+    phantom = make_phantom(np.random.default_rng(4), PhantomConfig(matrix=160, spacing_mm=4.0), positive=False)
+    for seed in range(6):
+        painted = paint_emboli(phantom.volume, phantom.arteries, np.random.default_rng(seed), count=5)
+        assert painted.emboli
+        for number in range(1, len(painted.emboli) + 1):
+            place = painted.emboli_mask.voxels == number
+            before, after = (float(ct.voxels[place].mean()) for ct in (phantom.volume, painted.volume))
+            assert before > 0  # blood, not lung
+            assert after < before - 40
+
+
 def test_painting_the_same_seed_twice_gives_the_same_voxels():
     volume, arteries = _tube_volume()
     first, second = (paint_emboli(volume, arteries, np.random.default_rng(5)) for _ in range(2))

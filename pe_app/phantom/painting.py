@@ -32,6 +32,9 @@ SMALLEST_RADIUS_MM = 1.4
 SMALLEST_CLOT_MM3 = 25.0
 """A smaller clot (a ball of 3.6 mm) is drawn anew: a reader would not mark it."""
 
+LEAST_CONTRAST_HU = 40.0
+"""So is one that cannot be seen: in voxels that are mostly lung, or in blood hardly brighter than the clot."""
+
 TRIES = 30
 """How many clots of a study that are too small or touch another are drawn anew before they are left out."""
 
@@ -102,7 +105,10 @@ def paint_emboli(
             continue
         other = np.minimum(around, clot_hu)  # what shares an edge voxel with the blood: lung, fat
         share = np.clip((smooth - other) / np.maximum(blood - other, 1), 0, 1)
-        hu -= amount * share * np.maximum(blood - clot_hu, 0)
+        darker = amount * share * np.maximum(blood - clot_hu, 0)
+        if smooth[clot].mean() < clot_hu + LEAST_CONTRAST_HU or darker[clot].mean() < LEAST_CONTRAST_HU:
+            continue
+        hu -= darker
         drawn.append((place_in_chest(float(radius.mean())), clot_hu))
         view[clot] = len(drawn)
         taken |= ndimage.binary_dilation(amount > 0)
