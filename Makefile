@@ -29,10 +29,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The recipe of the model that ships. BACKGROUNDS: enhanced CTs to paint emboli into, CT or CT,ARTERIES each.
+# The recipe of the model that ships. Enhanced CTs to paint emboli into (CT or CT,ARTERIES each), folders of enhanced
+# single slices likewise, and CTs that are painted into and only looked at in the end:
+#   make starter-model BACKGROUNDS="CT ..." SLICES="FOLDER ..." HELD_OUT="CT,ARTERIES ..."
 starter-model: install
-	$(BIN)/python -m pe_app.starter --work runs/starter $(foreach b,$(BACKGROUNDS),--background $(b)) \
-		--out pe_app/models/starter.safetensors
+	$(BIN)/python -m pe_app.starter --work runs/starter --out pe_app/models/starter.safetensors \
+		$(foreach b,$(BACKGROUNDS),--background $(b)) $(foreach s,$(SLICES),--slices $(s)) \
+		$(foreach h,$(HELD_OUT),--held-out $(h))
 
 clean:
 	rm -rf $(VENV) demo runs build *.egg-info
