@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -149,13 +150,19 @@ def tmpfs(folder: Path, mebibytes: int = 24) -> Iterator[Path | None]:
 
 @contextmanager
 def ballast(folder: Path, left_kib: int) -> Iterator[None]:
-    """Fill a disk but for so much."""
-    status = os.statvfs(folder)
-    size = status.f_bavail * status.f_frsize - 1024 * left_kib
+    """Fill a disk but for so much; the server may be writing meanwhile."""
     file = folder / "ballast"
-    with file.open("wb") as target:
-        os.posix_fallocate(target.fileno(), 0, size)
     try:
+        with file.open("wb") as target:
+            while True:
+                status = os.statvfs(folder)
+                try:
+                    os.posix_fallocate(target.fileno(), 0, status.f_bavail * status.f_frsize - 1024 * left_kib)
+                    break
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    target.truncate(0)
         yield
     finally:
         file.unlink()
