@@ -240,6 +240,9 @@ class Detector:
                 error
             )
         detector = _from_metadata(path, metadata)
+        for name in sorted(weights):
+            if not name.startswith(("encoder.", "classifier.")):
+                raise InputError(f"model {path}: weight {name} belongs to neither stage: export the model again")
         for stage, network in (("encoder", detector.encoder), ("classifier", detector.classifier)):
             own = {name[len(stage) + 1 :]: value for name, value in weights.items() if name.startswith(f"{stage}.")}
             _load_weights(path, stage, network, own)

@@ -173,6 +173,14 @@ def test_weights_that_are_not_finite_are_refused(detector, tmp_path):
         Detector.load(broken)
 
 
+@pytest.mark.parametrize("name", ["extra", "encoder.extra"])
+def test_weights_that_no_network_has_are_refused(detector, tmp_path, name):
+    detector.save(tmp_path / "model.safetensors")
+    more = rewritten(tmp_path / "model.safetensors", weights={name: torch.zeros(2)})
+    with pytest.raises(InputError, match=f"weight .*{name.rpartition('.')[2]}"):
+        Detector.load(more)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
 def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     path = tmp_path / "model.safetensors"
