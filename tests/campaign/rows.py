@@ -400,7 +400,7 @@ def _two_trainings(world: World) -> str:
     codes = [answer.status_code for answer in answers]
     assert 429 in codes, codes
     _refused(answers[codes.index(429)], 429)
-    assert _status(world)["running"], _status(world)
+    _until("the training runs", lambda: _status(world)["running"])
     _stop_training(world)
     return f"{' and '.join(map(str, codes))} while one runs"
 
