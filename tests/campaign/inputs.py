@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -230,7 +231,8 @@ def _send_raw(watch: Watch, name: str, content: bytes) -> None:
     with socket.create_connection(("127.0.0.1", watch.world.port), timeout=10) as connection:
         try:
             connection.sendall(content)
-            connection.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # the server may have closed it already: its answer can still be read
+                connection.shutdown(socket.SHUT_WR)
             while block := connection.recv(65536):
                 answer += block
         except (TimeoutError, ConnectionError) as error:
