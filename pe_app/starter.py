@@ -300,7 +300,10 @@ def slice_twins(folder: Path, count: int, seed: int) -> list[TwinSource]:
 
 
 def write_twins(source: TwinSource, out: Path) -> tuple[Study, ...]:
-    """The pair's volumes, mask and marked slices, and their rows of the study list; none where nothing was painted."""
+    """The pair's volumes, mask and marked slices, and their rows of the study list.
+
+    None where no slice shows enough of an embolus to be marked: held-out figures are those of emboli that can be seen.
+    """
     names = [f"{source.name}_{kind}" for kind in ("pe", "none")]
     volumes = [out / "volumes" / f"{name}.nii" for name in names]
     annotations = [out / "annotations" / f"{name}.json" for name in names]

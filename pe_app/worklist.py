@@ -17,7 +17,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from pe_app.detection import NOTICE, Detection
-from pe_app.result_files import THUMBNAILS
+from pe_app.result_files import MEANINGLESS, THUMBNAILS
 
 SCHEMA = "pe-result/1"
 
@@ -25,9 +25,6 @@ Status = Literal["analysed", "refused", "failed"]
 
 LISTED_CANDIDATES = 3
 """Places that a line of the worklist names; the study's own page names all."""
-
-MEANINGLESS = {"untrained_model": "Untrained model", "demo_model": "Demonstration model"}
-"""Reasons that take the meaning from a model's numbers, and what its lines are marked with."""
 
 
 @dataclass(frozen=True)
@@ -387,6 +384,7 @@ h3 { font-size: 1.05rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 .muted { color: var(--muted); font-size: .85em; }
 footer { border-top: 1px solid var(--line); margin-top: 1.6rem; max-width: 60rem; padding-top: .6rem; }
 figure { margin: 0; } .pictures img { border-radius: 4px; display: block; width: 100%; }
+.pictures img { max-height: 9rem; object-fit: contain; object-position: left; }
 figcaption { color: var(--muted); display: flex; font-size: .78rem; } .pictures span { flex: 1; }
 .curve figcaption { justify-content: space-between; }
 svg { display: block; overflow: visible; width: 100%; } path { fill: none; stroke: var(--line); }

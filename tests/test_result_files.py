@@ -55,6 +55,14 @@ def test_a_refused_study_is_pictured_too_and_says_why(tmp_path):
     assert verdict(detection(None)) == "Not analysed: no_contrast"
 
 
+@pytest.mark.parametrize(("code", "words"), [("untrained_model", "Untrained model"), ("demo_model", "Demonstration")])
+def test_the_verdict_of_a_model_that_saw_no_real_embolism_begins_with_no_finding(code, words):
+    said = replace(detection(), reasons=(Reason(code, "it saw none", refuses=False),))
+    assert verdict(said).startswith(words)
+    assert "no finding" in verdict(said).partition("Probability")[0]
+    assert verdict(detection()).startswith("Probability")
+
+
 def test_an_attention_volume_of_an_earlier_detection_does_not_outlive_a_refusal(tmp_path):
     attention = Volume(np.zeros((5, 4, 4), np.uint8), axial_affine((30.0, 80.0, 80.0)))
     write_result(DetectionResult(detection(), attention), VOLUME, tmp_path, "study")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -87,6 +88,7 @@ def main() -> None:
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every attribute
+    warnings.filterwarnings("ignore", "The string .* is unlikely to represent the intended person name")  # shows names
     try:
         app()
     except InputError as error:
