@@ -13,7 +13,9 @@ from pe_app.detector import Detector
 from pe_app.lungs import SliceRange
 from pe_app.phantom import PhantomConfig, make_phantom
 from pe_app.progress import silent
-from pe_app.starter import Background, drawn_out, held_out_figures, painted_twins, varied, write_all, write_twins
+from pe_app.starter.backgrounds import drawn_out, varied, whole_chest
+from pe_app.starter.figures import held_out_figures
+from pe_app.starter.twins import painted_twins, write_all, write_twins
 from pe_app.studies import Study
 from pe_app.volume import Volume, axial_affine
 from pe_app.volume_io import read_mask, read_volume, write_volume
@@ -32,7 +34,7 @@ def enhanced(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(enhanced, tmp_path_factory):
     out = tmp_path_factory.mktemp("twins")
-    for folder in ("volumes", "masks", "annotations"):
+    for folder in ("volumes", "masks", "annotations", "slabs"):
         (out / folder).mkdir()
     return out, [(source, write_twins(source, out)) for source in painted_twins(enhanced, 2, seed=5)]
 
@@ -63,7 +65,7 @@ def test_twins_that_are_there_are_kept(pairs, enhanced):
 
 
 def test_a_variation_bends_ct_and_arteries_together(enhanced):
-    background = Background.read(enhanced)
+    background = whole_chest(enhanced)
     other = varied(background, np.random.default_rng(1))
     blood = [float(np.median(each.volume.voxels[each.arteries.voxels > 0])) for each in (background, other)]
     assert not np.array_equal(other.volume.voxels, background.volume.voxels)
@@ -101,7 +103,7 @@ def test_held_out_figures_count_what_the_detector_says(tmp_path, monkeypatch):
         write_volume(Volume(mask, affine, "mask"), tmp_path / "masks" / f"{number}.nii.gz")
         studies.append(Study(str(number), path, label="positive" if number % 2 == 0 else "negative"))
         truth[number] = mask
-    monkeypatch.setattr("pe_app.starter.lung_range", lambda volume: SliceRange(0, volume.shape[0] - 1))
+    monkeypatch.setattr("pe_app.starter.figures.lung_range", lambda volume: SliceRange(0, volume.shape[0] - 1))
 
     def figures_of(honest):
         detector = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
