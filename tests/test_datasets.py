@@ -6,7 +6,6 @@ import pytest
 import torch
 from small_studies import CLASSIFIER, ENCODER, LUNG, SLABS, small_chest, small_studies
 
-from pe_app import datasets
 from pe_app.annotation import ReviewedSlice, SparseAnnotation
 from pe_app.datasets import (
     AnnotatedSlabs,
@@ -197,7 +196,8 @@ def test_prepared_slabs_are_not_prepared_again(studies, tmp_path, monkeypatch):
     def refuse(path: Path) -> Volume:
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(datasets, "read_volume", refuse)
+    for module in ("cache", "slabs"):
+        monkeypatch.setattr(f"pe_app.datasets.{module}.read_volume", refuse)
     again = prepared(studies, tmp_path)
     assert all(torch.equal(one, item.slab) for one, item in zip(before, again, strict=True))
 
@@ -372,7 +372,7 @@ def test_features_are_the_frozen_encoders_last_activations_in_float16(studies, t
     path = encode_studies(detector, studies[:1], tmp_path)[0]
     volume = read_volume(studies[0].path)
     assert path.name.startswith(volume.sha256 + "-")
-    slabs = study_slabs(volume, datasets.lung_range(volume), SLABS)
+    slabs = study_slabs(volume, lung_range(volume), SLABS)
     with torch.no_grad():
         expected = detector.encoder.eval()(torch.from_numpy(slabs.pixels.copy())).features
     stored = np.load(path)

@@ -1,0 +1,94 @@
+"""Studies of a list with what they are read from, identified by the bytes of their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pe_app.annotation import SparseAnnotation
+from pe_app.errors import InputError
+from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.studies import Study
+from pe_app.volume_io import read_volume
+
+
+@dataclass(frozen=True, eq=False)
+class StudySource:
+    """A study of the list with what it was read from.
+
+    Attributes:
+        study: its row of the list.
+        files_sha256: of the bytes of its image files; knows that an image is the same without decoding it.
+        annotation: its reviewed slices; None for a label-only study.
+    """
+
+    study: Study
+    files_sha256: str
+    annotation: SparseAnnotation | None
+
+    @property
+    def annotation_sha256(self) -> str:
+        """Identity of the reviewed slices and masks; empty for a label-only study."""
+        if self.annotation is None:
+            return ""
+        content = hashlib.sha256(json.dumps(self.annotation.to_json(), sort_keys=True).encode())
+        for index in sorted(self.annotation.masks):
+            content.update(np.packbits(self.annotation.masks[index]).tobytes())
+        return content.hexdigest()
+
+
+def read_sources(
+    studies: Sequence[Study], annotations: bool = True, progress: ProgressCallback = silent
+) -> tuple[StudySource, ...]:
+    """Read the annotations of all studies and the identity of their images.
+
+    Raises:
+        InputError: that names the study whose files are missing or cannot be used.
+    """
+    sources = []
+    for number, study in enumerate(studies):
+        progress(Progress("read the studies", number, len(studies), study.study))
+        with naming(study):
+            try:
+                files_sha256 = _files_sha256(study.path)
+            except OSError as error:
+                raise InputError(f"{study.path} cannot be read ({error.strerror}): correct the study list") from error
+            reviewed = _annotation(study) if annotations else None
+        sources.append(StudySource(study, files_sha256, reviewed))
+    progress(Progress("read the studies", len(studies), len(studies)))
+    return tuple(sources)
+
+
+@contextmanager
+def naming(study: Study) -> Iterator[None]:
+    """Errors in a study's files say which study it is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"study {study.study}: {error}") from error
+
+
+def _annotation(study: Study) -> SparseAnnotation | None:
+    """The reviewed slices of a study; its CT is decoded only where Slicer saved outlines on a part of the grid."""
+    if study.annotation is None:
+        return None
+    try:
+        return SparseAnnotation.read(study.annotation)
+    except InputError:
+        return SparseAnnotation.read(study.annotation, read_volume(study.path))
+
+
+def _files_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of all files of a folder in the order of their names."""
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    content = hashlib.sha256()
+    for entry in files:
+        with entry.open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    return content.hexdigest()
