@@ -7,7 +7,10 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +24,9 @@ from typer.testing import CliRunner
 from pe_app.cli import app
 from pe_app.errors import InputError
 from pe_app.importing import ImportLine, ImportSettings, Pseudonyms, import_studies, read_key
-from pe_app.importing.processes import Processes
 from pe_app.importing.pseudonyms import identities_folder
 from pe_app.importing.unpacking import unpack
+from pe_app.processes import Processes
 from pe_app.progress import Cancelled, Progress
 from pe_app.source_series import read_source, source_path
 from pe_app.studies import read_studies
@@ -415,6 +418,31 @@ def test_a_job_that_ends_its_process_takes_no_other_with_it():
     assert {job: made for job, made in outcomes.items() if isinstance(made, int)} == {0: 0, 1: 1, 2: 4, 5: 25, 6: 36}
     assert "process ended" in str(outcomes[3])
     assert str(outcomes[4]) == "four"
+
+
+KILLED_PARENT = """
+import time
+from test_importing import Processes, tell_and_wait
+
+with Processes(2) as processes:
+    for _ in processes.run(tell_and_wait, [0, 1]):
+        pass
+"""
+
+
+def tell_and_wait(job: int) -> None:
+    print("working", flush=True)
+    time.sleep(600)
+
+
+def test_processes_end_with_the_one_that_started_them():
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here)))}
+    command = [sys.executable, "-c", KILLED_PARENT]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert [run.stdout.readline() for _ in range(2)] == ["working\n"] * 2
+        run.kill()
+        assert run.stdout.read() == ""  # comes to an end when the last process that could write to it has ended
 
 
 def test_the_words_a_person_types(disc, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *("errors", "files", "progress", "allocation", "device", "source_series", "volume", "dicom_series", "volume_io"),
+    *("errors", "files", "progress", "processes", "distributed", "allocation", "device", "source_series", "volume"),
+    *("dicom_series", "volume_io"),
     *("lungs", "dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "importing", "detection"),
     *("candidate_places", "slab_encoder", "study_classifier", "losses", "detector", "result_files", "worklist"),
     *("batch", "watching"),

@@ -29,9 +29,9 @@ from pe_app.dicom_series import (
 from pe_app.errors import InputError, UnfitStudy
 from pe_app.files import write_durably
 from pe_app.importing.dicomdir import is_dicomdir, missing_slices
-from pe_app.importing.processes import Processes
 from pe_app.importing.pseudonyms import Pseudonyms, identities_folder
 from pe_app.importing.unpacking import SourceFile, find_files, is_archive, unpack
+from pe_app.processes import Processes
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.quality import CODES, QualityLimits, Reason, check_study
 from pe_app.source_series import SourceSeries, read_source, source_path, write_source

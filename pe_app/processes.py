@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Self, TypeVar
 
 import SimpleITK as sitk
@@ -91,4 +93,14 @@ def _attempt(make: Callable[[Job], Made], job: Job) -> Made | Exception:
 
 def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of torch, which is not loaded yet
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _end_with_parent() -> None:
+    """A pool whose parent was killed would wait for its next job for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
