@@ -1,19 +1,35 @@
 """The recipe of the starter model: twins differ in their emboli and in nothing else."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from small_studies import CLASSIFIER, ENCODER, SLABS
 
 from pe_app.annotation import SparseAnnotation
+from pe_app.datasets import SlabItem
 from pe_app.detector import Detector
 from pe_app.lungs import SliceRange
-from pe_app.phantom import PhantomConfig, make_phantom
+from pe_app.phantom import PhantomConfig, make_phantom, paint_emboli
 from pe_app.progress import silent
+from pe_app.slab_encoder import EncoderConfig, SlabEncoder
 from pe_app.starter.backgrounds import drawn_out, varied, whole_chest
+from pe_app.starter.cells import (
+    LEAST_PIXELS,
+    RARE,
+    CellJudge,
+    CellTraining,
+    changed_at_random,
+    random_windows,
+    score_cells,
+    train_cells,
+    write_painted_slabs,
+)
 from pe_app.starter.figures import held_out_figures
 from pe_app.starter.twins import painted_twins, write_all, write_twins
 from pe_app.studies import Study
@@ -129,3 +145,98 @@ def test_held_out_figures_count_what_the_detector_says(tmp_path, monkeypatch):
     assert (figures[True]["held_out_small_pointing"], figures[False]["held_out_small_pointing"]) == (1, 0)
     assert figures[True]["held_out_small_studies"] == 4
     assert figures[True]["held_out_small_false_candidates"] == 0
+
+
+def test_painted_slabs_hold_the_painted_ct_and_count_the_clot_pixels_of_every_cell(enhanced, tmp_path, monkeypatch):
+    kept = {}
+
+    def painted_and_kept(*arguments, **options):
+        kept["study"] = paint_emboli(*arguments, **options)
+        return kept["study"]
+
+    monkeypatch.setattr("pe_app.starter.cells.paint_emboli", painted_and_kept)
+    background = whole_chest(enhanced)
+    path = tmp_path / "many.npy"
+    write_painted_slabs(background.volume, background.arteries, np.random.default_rng(2), path)
+    records, study = np.load(path), kept["study"]
+    assert len(study.emboli) > 1
+    size = background.volume.shape[1]
+    slices = np.flatnonzero(study.emboli_mask.voxels.any((1, 2)))
+    assert len(records) == len(slices)
+    for record, index in zip(records, slices, strict=True):
+        image = sitk.GetImageFromArray((study.emboli_mask.voxels[index] > 0).astype(np.float32))
+        grid = sitk.Image(512, 512, sitk.sitkFloat32)
+        grid.SetOrigin([(size / 512 - 1) / 2] * 2)
+        grid.SetSpacing([size / 512] * 2)
+        clot = sitk.GetArrayFromImage(sitk.Resample(image, grid))[64:448, 64:448] >= 0.5
+        mine = np.array([[clot[r : r + 16, c : c + 16].sum() for c in range(0, 384, 16)] for r in range(0, 384, 16)])
+        assert np.abs(record["pixels"].astype(int) - mine).max() <= 3  # the edges of two interpolations
+        hu = record["slab"][2].astype(np.float32) * 1524 - 1024
+        assert hu[clot].mean() < hu[128:256, 128:256].max() - 50
+
+
+@pytest.fixture
+def labelled_slabs():
+    """Slabs that show their own target: a clot cell is as bright as its number of pixels says."""
+    draw = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (12, 24, 24), generator=draw).float()
+    pixels *= torch.rand(12, 24, 24, generator=draw) < 0.02
+    slabs = F.interpolate(pixels[:, None], scale_factor=16, mode="nearest").expand(12, 5, 384, 384) / 256
+    return SlabItem(slabs, pixels, (pixels >= LEAST_PIXELS).flatten(1).any(1).long(), torch.arange(12))
+
+
+def test_windows_keep_slabs_and_cells_together_and_every_other_one_holds_a_clot(labelled_slabs):
+    windows = random_windows(labelled_slabs, 6, torch.Generator().manual_seed(0))
+    assert windows.slab.shape == (12, 5, 96, 96)
+    assert torch.equal(windows.slab[:, 2, ::16, ::16] * 256, windows.target)
+    assert windows.label.tolist() == [int((target >= 12).any()) for target in windows.target]
+    assert windows.label[::2].all()
+
+
+def test_random_changes_keep_slabs_and_cells_together(labelled_slabs):
+    windows = random_windows(labelled_slabs, 6, torch.Generator().manual_seed(0))
+    changed = changed_at_random(windows, torch.Generator().manual_seed(1))
+    bright = changed.slab[:, 2].unfold(1, 16, 16).unfold(2, 16, 16).mean((-1, -2))
+    for before, after, shown in zip(windows.target, changed.target, bright, strict=True):
+        assert sorted(after.flatten().tolist()) == sorted(before.flatten().tolist())
+        if (after > 100).any():
+            assert shown[after > 100].min() > shown[after == 0].max()
+    assert not torch.equal(changed.target, windows.target)
+
+
+def test_the_loss_of_cells_asks_those_that_are_clear_and_weighs_clots_more():
+    torch.manual_seed(0)
+    judge = CellJudge(SlabEncoder(EncoderConfig(width=8))).eval()
+    pixels = torch.zeros(2, 4, 4)
+    pixels[0, 1, 2], pixels[0, 3, 3] = 200, 5  # a clot, and a cell that shows too little of one to be asked
+    items = SlabItem(torch.rand(2, 5, 64, 64), pixels, torch.tensor([1, 0]), torch.arange(2))
+    columns = score_cells(judge, items, "float32")
+    features = judge.encoder(items.slab).features.detach()
+    weight = (judge.encoder.fc.weight[1] - judge.encoder.fc.weight[0]).detach()
+    for number in range(2):
+        terms = []
+        for row, column in itertools.product(range(4), repeat=2):
+            logit = float(features[number, :, row, column] @ weight) - 4.0
+            asked = pixels[number, row, column] in (0, 200)
+            clot = pixels[number, row, column] == 200
+            if asked:
+                terms.append(RARE * math.log1p(math.exp(-logit)) if clot else math.log1p(math.exp(logit)))
+        assert columns["cell_loss"][number].item() == pytest.approx(np.mean(terms), rel=1e-4)
+
+
+def test_the_first_lesson_leaves_a_model_to_train_on_and_is_not_repeated(tmp_path):
+    kind = [("slab", np.float16, (5, 384, 384)), ("pixels", np.uint16, (24, 24))]
+    for name in ("train", "validation"):
+        records = np.zeros(4, kind)
+        records["slab"] = np.random.default_rng(0).random((4, 5, 384, 384))
+        records["pixels"][:, 7, 9] = 100
+        np.save(tmp_path / f"{name}.npy", records)
+    out = tmp_path / "cells.safetensors"
+    steps = []
+    settings = CellTraining(epochs=1, batch=4, window_cells=4)
+    for _ in range(2):
+        train_cells([tmp_path / "train.npy"], [tmp_path / "validation.npy"], out, settings, steps.append)
+        steps.append("end")
+    assert steps.index("end") > 0
+    assert steps[-1] == steps[-2] == "end"  # no step the second time
+    assert Detector.load(out).card.encoder is None  # it knows clots, but is no trained stage I yet

@@ -65,10 +65,10 @@ class CellTraining:
 
     learning_rate: float = 1e-3
     batch: int = 16
-    epochs: int = 16
+    epochs: int = 10
     window_cells: int = 10
     schedule: Schedule = "cosine"
-    fresh_statistics: bool = True
+    fresh_statistics: bool = False
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 1
