@@ -44,7 +44,7 @@ class Recipe:
         classifier: stage II.
     """
 
-    phantoms: int = 30
+    phantoms: int = 40
     variations: int = 16
     slice_variations: int = 4
     held_out: int = 10
