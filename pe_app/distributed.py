@@ -7,7 +7,7 @@ every function here does what is plain then. Process 0 is the main one: it alone
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -22,6 +22,7 @@ from pe_app.errors import InputError
 from pe_app.progress import Cancelled
 
 T = TypeVar("T")
+Job = TypeVar("Job")
 
 PATIENCE = timedelta(days=7)
 """One process may prepare studies for hours while the others wait; torchrun itself sees when one of them ends."""
@@ -77,6 +78,24 @@ def gathered(own: T) -> list[T]:
     everything: list[T] = [own] * size()
     dist.all_gather_object(everything, own)
     return everything
+
+
+def dealt(jobs: Sequence[Job]) -> Sequence[Job]:
+    """The jobs of a row, known to all processes, that this one does."""
+    return jobs[rank() :: size()]
+
+
+def collected(own: Sequence[T]) -> list[T]:
+    """What came of all jobs, in their order, from what came of those that were dealt to each process."""
+    parts = gathered(own)
+    return [parts[number % size()][number // size()] for number in range(sum(map(len, parts)))]
+
+
+def shared(make: Callable[[Job], T], jobs: Sequence[Job]) -> list[T]:
+    """``make(job)`` of every job, each process doing those dealt to it."""
+    with agreed():
+        own = [make(job) for job in dealt(jobs)]
+    return collected(own)
 
 
 @contextmanager

@@ -17,6 +17,10 @@ Job = TypeVar("Job")
 Made = TypeVar("Made")
 
 
+class ProcessEnded(RuntimeError):  # noqa: N818 - what happened to a job
+    """The process that did a job was ended, by a crash or by the system."""
+
+
 class Processes:
     """A pool that outlives the death of its processes; with one worker everything runs in this one."""
 
@@ -68,7 +72,7 @@ class Processes:
                 yield job, self._the_pool(1).submit(make, job).result()
             except BrokenProcessPool:
                 self._end_pool()
-                yield job, RuntimeError("its process ended, perhaps for lack of memory")
+                yield job, ProcessEnded("its process ended, perhaps for lack of memory")
             except Exception as error:
                 yield job, error
         self._end_pool()

@@ -1,7 +1,8 @@
 """Both trainings: annotated slices become an encoder (stage I), labelled studies a classifier (stage II).
 
 A training lives in a run folder. Everything random in an epoch comes from the seed and the epoch's number, so a run
-that is interrupted anywhere and called again ends, on a CPU, with the same bits as one that was not.
+that is interrupted anywhere and called again ends, on a CPU, with the same bits as one that was not. Called in each of
+the processes that torchrun started (``distributed``), they train one model together and the main one publishes it.
 Source: sections 2.2, 2.3 and 3.1 of the paper; [ours] marks what the paper leaves open.
 """
 
@@ -21,10 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
+from pe_app import distributed
 from pe_app.datasets import (
+    IN_THIS_PROCESS,
     AnnotatedSlabs,
     Augmentation,
     NegativeSlabs,
+    Preparation,
     PreparedFile,
     SlabItem,
     StudyFeatures,
@@ -60,7 +64,7 @@ class EncoderTraining:
 
     Attributes:
         learning_rate: of Adam.
-        batch: slabs a step.
+        batch: slabs a step, over all processes.
         epochs: passes over the training slabs; the one with the highest validation accuracy is published.
         validation_fraction: share of patients kept for validation.
         attention_weight: lambda, the weight of the attention loss; 0 is the paper's scenario 2.
@@ -77,7 +81,8 @@ class EncoderTraining:
         twins: learn from pairs of the same chest with and without embolism, as simulations can give them
             (``datasets.TwinSlabs``), changed alike at random; a batch is then so many pairs [ours].
         precision: number format of the network; weights stay float32 [ours].
-        workers: processes that read slabs ahead; 0 reads in between, which two processor cores like best.
+        workers: processes that read slabs ahead, for each that trains; 0 reads in between, which two processor cores
+            like best.
         seed: of first weights, split, draw of slabs, order and augmentation.
     """
 
@@ -136,6 +141,7 @@ def train_encoder(
     synthetic: bool = False,
     run_dir: Path | None = None,
     slabs_dir: Path | None = None,
+    preparation: Preparation = IN_THIS_PROCESS,
     device: torch.device | None = None,
     progress: ProgressCallback = silent,
 ) -> Detector:
@@ -155,6 +161,7 @@ def train_encoder(
         synthetic: recorded in the model card: every embolism was simulated or painted.
         run_dir: metrics, curves and checkpoint; ``out`` with the suffix ``.run`` by default.
         slabs_dir: prepared slabs, may be shared by runs; ``slabs`` in the run folder by default.
+        preparation: of the slabs: in how many processes, and in how much space.
         device: the best one by default.
         progress: told after every step of the whole training; may raise ``Cancelled``.
 
@@ -185,7 +192,7 @@ def train_encoder(
         if not run.state.published:
             kept = slabs_dir or run.folder / "slabs"
             train, validation = (
-                prepared_slabs(sources, side, start.slabs, settings, kept, run.report) for side in SIDES
+                prepared_slabs(sources, side, start.slabs, settings, kept, run.report, preparation) for side in SIDES
             )
             check_apart(train.files, validation.files)
 
@@ -227,6 +234,7 @@ def train_classifier(
     synthetic: bool = False,
     run_dir: Path | None = None,
     cache_dir: Path | None = None,
+    preparation: Preparation = IN_THIS_PROCESS,
     device: torch.device | None = None,
     progress: ProgressCallback = silent,
 ) -> Detector:
@@ -243,6 +251,7 @@ def train_classifier(
         synthetic: recorded in the model card: every embolism was simulated or painted.
         run_dir: metrics, curves and checkpoint; ``out`` with the suffix ``.run`` by default.
         cache_dir: features of the studies, 29.5 MB each; ``features`` in the run folder by default.
+        preparation: of the features: in how many processes, and in how much space.
         device: the best one by default.
         progress: told after every step of the whole training; may raise ``Cancelled``.
 
@@ -269,7 +278,8 @@ def train_classifier(
         identity = training_identity(settings, network_shapes(start), sources, more)
         run.resume(identity, classifier, optimiser)
         if not run.state.published:
-            files = encode_sources(base.to(device), sources, cache_dir or run.folder / "features", run.report)
+            kept = cache_dir or run.folder / "features"
+            files = encode_sources(base.to(device), sources, kept, run.report, preparation)
             train, validation = (labelled_studies(usable, files, side) for side in SIDES)
             check_apart(train.files, validation.files)
 
@@ -349,12 +359,13 @@ def prepared_slabs(
     settings: EncoderTraining,
     cache_dir: Path,
     progress: ProgressCallback,
+    preparation: Preparation = IN_THIS_PROCESS,
 ) -> AnnotatedSlabs:
     """The slabs of one side of the split, drawn as the settings say (``prepare_slabs``)."""
     here = [source for source in sources if source.study.split == side]
     seed = derived_seed(settings.seed, "draw", side)
     try:
-        return prepare_slabs(here, config, cache_dir, seed, progress, settings.negative_slabs)
+        return prepare_slabs(here, config, cache_dir, seed, progress, settings.negative_slabs, preparation)
     except InputError as error:
         raise InputError(f"{side} studies: {error}") from error
 
@@ -468,7 +479,11 @@ def training_record(
         date=utc_now(),
         git_revision=git_revision(),
         settings=settings,
-        metrics={name: value for name, value in run.state.best.items() if name != "epoch" and math.isfinite(value)},
+        metrics={
+            name: value
+            for name, value in run.state.best.items()
+            if name not in ("epoch", "waiting") and math.isfinite(value)
+        },
         image_sha256=tuple(sorted({file.image_sha256 for file in files})),
         patient_sha256=tuple(sorted({patient_sha256(source.study) for source in sources if source.study.patient})),
     )
@@ -476,12 +491,15 @@ def training_record(
 
 
 def published(detector: Detector, device: torch.device, out: Path) -> Detector:
-    """The detector, in its file: written unless the file holds it already."""
-    with suppress(InputError):
-        there = Detector.load(out)
-        if there.card == detector.card:  # down to the second of its date and every figure
-            return there.to(device)
-    detector.save(out)
+    """The detector, in its file: written, by the main process, unless the file holds it already."""
+
+    def write() -> None:
+        with suppress(InputError):
+            if Detector.load(out).card == detector.card:  # down to the second of its date and every figure
+                return
+        detector.save(out)
+
+    distributed.from_main(write)
     return detector.to(device)
 
 

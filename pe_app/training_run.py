@@ -1,7 +1,8 @@
 """The folder of one training: what it has learned so far, how that went, and how to go on after any interruption.
 
 ``checkpoint.pt`` alone is the truth, replaced as a whole after every epoch; ``metrics.csv``, ``curves.png``,
-``status.json`` and the TensorBoard events in ``tensorboard/`` show what it says.
+``status.json`` and the TensorBoard events in ``tensorboard/`` show what it says. Of several processes that train
+together (``distributed``) the main one reads and writes them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import torch
 from torch import Tensor, nn
 
+from pe_app import distributed
 from pe_app.errors import InputError
 from pe_app.files import replacing, write_durably
 from pe_app.progress import Cancelled, Progress, ProgressCallback
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Metrics = Mapping[str, float]
-"""Figures of one epoch by name; ``epoch`` and ``seconds`` among them."""
+"""Figures of one epoch by name; ``epoch``, ``seconds`` and ``waiting``, the share of these without data, among them."""
 
 STATUS_SECONDS = 1.0
 """``status.json`` is not written more often than that."""
@@ -91,6 +93,11 @@ class TrainingRun:
         self._begin = time.perf_counter()
 
     def __enter__(self) -> TrainingRun:
+        distributed.from_main(self._take)
+        self._begin = time.perf_counter()
+        return self
+
+    def _take(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -101,12 +108,12 @@ class TrainingRun:
         for folder in (self.folder, self.folder / "slabs"):  # the features may be another run's, too
             for leftover in folder.glob(f".{'[0-9a-f]' * 32}.*"):  # of ``replacing`` in a killed process
                 leftover.unlink(missing_ok=True)
-        self._begin = time.perf_counter()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not distributed.is_main():
+            return
         try:
             if self._writer is not None:
                 self._writer.close()
@@ -123,6 +130,8 @@ class TrainingRun:
     def report(self, progress: Progress) -> None:
         """Tell the caller and, now and then, ``status.json``; what the caller raises goes through."""
         self._last = progress
+        if not distributed.is_main():
+            return
         if time.monotonic() - self._status_time >= STATUS_SECONDS:
             self._write_status("running", progress.text)
         self._progress(progress)
@@ -139,26 +148,14 @@ class TrainingRun:
             InputError: if the folder holds another training, or its checkpoint cannot be read.
         """
         self._identity = dict(identity)
-        path = self.folder / "checkpoint.pt"
-        if not path.is_file():
+        saved = distributed.from_main(self._saved)
+        if saved is None:
             return
-        try:
-            # loads numbers, words and tensors only: a checkpoint from elsewhere runs no code
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            found = saved["identity"]
-            fields = ("history", "best_epoch", "best_weights", "seconds", "published")
-            state = RunState(**{name: saved[name] for name in fields})
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
-            raise InputError(
-                f"run folder {self.folder}: its checkpoint.pt is damaged or of another program: choose another run "
-                "folder"
-            ) from error
-        self._check_same(found)
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
-        self.state = replace(state, history=tuple(state.history))
-        self._begin -= state.seconds
-        if not state.published:
+        self.state = RunState(**saved["state"])
+        self._begin -= self.state.seconds
+        if not self.state.published:
             self._show()  # the last epoch may have been kept, but not shown any more
 
     def finish_epoch(self, network: nn.Module, optimiser: torch.optim.Optimizer, metrics: Metrics) -> None:
@@ -174,11 +171,31 @@ class TrainingRun:
 
     def publish(self, record: str, network: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         """Keep the record of a finished training, so that the same call returns the same model."""
-        self.state = replace(self.state, published=record)
+        self.state = replace(self.state, published=distributed.from_main(lambda: record))
         self._save(network, optimiser)
 
+    def _saved(self) -> dict[str, Any] | None:
+        """What the checkpoint holds: the states of network and optimiser, and the fields of ``RunState``."""
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        try:
+            # loads numbers, words and tensors only: a checkpoint from elsewhere runs no code
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            fields = ("best_epoch", "best_weights", "seconds", "published")
+            state = {"history": tuple(saved["history"]), **{name: saved[name] for name in fields}}
+            found, states = saved["identity"], {name: saved[name] for name in ("network", "optimiser")}
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
+            raise InputError(
+                f"run folder {self.folder}: its checkpoint.pt is damaged or of another program: choose another run "
+                "folder"
+            ) from error
+        self._check_same(found)
+        return {**states, "state": state}
+
     def _check_same(self, found: Mapping[str, str]) -> None:
-        for name in sorted(self._identity.keys() | found.keys()):
+        # how many processes read ahead changes nothing that is learned
+        for name in sorted((self._identity.keys() | found.keys()) - {"workers"}):
             here, there = self._identity.get(name, "nothing"), found.get(name, "nothing")
             if here != there:
                 what = f"{there} instead of {here}" if len(here) + len(there) < 80 else "changed since"
@@ -188,6 +205,8 @@ class TrainingRun:
                 )
 
     def _save(self, network: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        if not distributed.is_main():
+            return
         content = {
             "identity": dict(self._identity),
             "network": network.state_dict(),
@@ -202,6 +221,8 @@ class TrainingRun:
             torch.save(content, temporary)
 
     def _show(self) -> None:
+        if not distributed.is_main():
+            return
         write_durably(self.folder / "metrics.csv", metrics_csv(self.state.history))
         with replacing(self.folder / "curves.png") as temporary:
             draw_curves(self.state.history, self.state.best_epoch, self.task).savefig(temporary, dpi=150)
@@ -243,10 +264,11 @@ class TrainingRun:
 def metrics_csv(history: Sequence[Metrics]) -> str:
     """The metrics as CSV, a row an epoch; a figure that is not defined is empty."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(history[0])
+    # a run that a former version began has rows with fewer figures
+    writer = csv.DictWriter(text, tuple(history[-1]), lineterminator="\n")
+    writer.writeheader()
     for metrics in history:
-        writer.writerow("" if not math.isfinite(value) else value for value in metrics.values())
+        writer.writerow({name: value if math.isfinite(value) else "" for name, value in metrics.items()})
     return text.getvalue()
 
 

@@ -37,7 +37,7 @@ from pe_app.training import (
     train_classifier,
     train_encoder,
 )
-from pe_app.training_loop import _estimate_statistics, derived_seed, learning_rate
+from pe_app.training_loop import _estimate_statistics, _Judge, derived_seed, learning_rate
 from pe_app.training_run import TrainingRun
 from pe_app.volume_io import read_volume
 
@@ -114,7 +114,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def timeless(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "waiting")} for row in rows]
 
 
 def stop_after(task: str, steps: int) -> Callable[[Progress], None]:
@@ -620,7 +620,7 @@ def test_fresh_statistics_are_the_means_over_the_training_side():
     side = [StudyItem(value, torch.tensor(0)) for value in values]
     network = Net()
     settings = ClassifierTraining(batch=4, fresh_statistics=True)
-    _estimate_statistics(network, side, lambda items, _: {"logit": network(items.features)}, settings)
+    _estimate_statistics(_Judge(network, lambda items, _: {"logit": network(items.features)}), side, settings)
     assert network.norm.running_mean.item() == pytest.approx(values.mean().item())
     assert network.norm.momentum == 0.1
     assert not network.norm.training or not network.training

@@ -5,15 +5,24 @@ for stage I, ``features`` for stage II.
 """
 
 from pe_app.datasets.augmentation import Augmentation, augmented
-from pe_app.datasets.cache import PreparedFile, prepare_arrays
-from pe_app.datasets.features import StudyFeatures, StudyItem, encode_sources, encode_studies, encoder_key
+from pe_app.datasets.cache import IN_THIS_PROCESS, Preparation, PreparedFile, prepare_arrays
+from pe_app.datasets.features import (
+    StudyFeatures,
+    StudyItem,
+    encode_sources,
+    encode_studies,
+    encoder_key,
+    feature_bytes,
+)
 from pe_app.datasets.slabs import AnnotatedSlabs, NegativeSlabs, SlabItem, TwinSlabs, prepare_slabs
 from pe_app.datasets.sources import StudySource, read_sources
 
 __all__ = [
+    "IN_THIS_PROCESS",
     "AnnotatedSlabs",
     "Augmentation",
     "NegativeSlabs",
+    "Preparation",
     "PreparedFile",
     "SlabItem",
     "StudyFeatures",
@@ -24,6 +33,7 @@ __all__ = [
     "encode_sources",
     "encode_studies",
     "encoder_key",
+    "feature_bytes",
     "prepare_arrays",
     "prepare_slabs",
     "read_sources",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pe_app import distributed
 from pe_app.datasets.slabs import SlabItem
 from pe_app.errors import InputError
 from pe_app.slabs import ENCODER_STRIDE, SlabConfig
@@ -37,35 +39,73 @@ class Augmentation:
             raise InputError(f"augmentation: no strength may be negative, got {self}")
 
 
+class _Changes(NamedTuple):
+    """What is drawn for every slab of a batch.
+
+    Attributes:
+        flipped: ``(batch,)``, mirrored left and right.
+        moves: ``(batch, 2)``, cells down and to the right.
+        offset: ``(batch,)``, added to the pixels; None for nothing.
+        corners: ``(batch, 2)``, first row and column of the window's cells; None for the whole slab.
+    """
+
+    flipped: Tensor
+    moves: Tensor
+    offset: Tensor | None
+    corners: Tensor | None
+
+    def of(self, own: slice) -> _Changes:
+        """Those of some of the slabs."""
+        return _Changes(*(None if part is None else part[own] for part in self))  # type: ignore[arg-type]
+
+
 def augmented(
     items: SlabItem, augmentation: Augmentation, config: SlabConfig, generator: torch.Generator, together: int = 1
 ) -> SlabItem:
-    """A batch of slabs with their targets changed at random, ``together`` consecutive ones in the same way."""
-    slabs, targets = items.slab.clone(), items.target.clone()
-    groups, cells = len(slabs) // together, augmentation.shift_cells
-    if augmentation.flip:
-        chosen = (torch.rand(groups, generator=generator) < 0.5).repeat_interleave(together)
-        slabs[chosen], targets[chosen] = slabs[chosen].flip(-1), targets[chosen].flip(-1)
-    if cells:
-        moves = torch.randint(-cells, cells + 1, (groups, 2), generator=generator).tolist()
-        for group, (rows, columns) in enumerate(moves):
-            all_of_it = slice(group * together, (group + 1) * together)
-            moved = _shifted(targets[all_of_it], rows, columns)
-            if torch.equal(moved.flatten(1).any(1), targets[all_of_it].flatten(1).any(1)):
-                targets[all_of_it] = moved
-                slabs[all_of_it] = _shifted(slabs[all_of_it], rows * ENCODER_STRIDE, columns * ENCODER_STRIDE)
-    if augmentation.jitter_hu:
-        low, high = config.hu_window
-        offset = (2 * torch.rand(groups, generator=generator) - 1) * augmentation.jitter_hu / (high - low)
-        slabs = (slabs + offset.repeat_interleave(together)[:, None, None, None]).clamp(0, 1)
-    if 0 < augmentation.window_cells < config.grid:
-        slabs, targets = _windows(slabs, targets, augmentation.window_cells, generator, together)
+    """A batch of slabs with their targets changed at random, ``together`` consecutive ones in the same way.
+
+    Where several processes hold parts of the batch, it is drawn for the whole: windows depend on each other's targets.
+    """
+    targets, own = distributed.whole(items.target)
+    changes = _drawn(targets, augmentation, config, generator, together).of(own)
+    slabs = _moved(items.slab, changes, ENCODER_STRIDE)
+    targets = _moved(items.target, changes, 1)
+    if changes.offset is not None:
+        slabs = (slabs + changes.offset[:, None, None, None]).clamp(0, 1)
+    if changes.corners is not None:
+        cells = augmentation.window_cells
+        slabs = _cut(slabs, changes.corners, cells, ENCODER_STRIDE)
+        targets = _cut(targets, changes.corners, cells, 1)
     return items._replace(slab=slabs, target=targets)
 
 
-def _windows(
-    slabs: Tensor, targets: Tensor, cells: int, generator: torch.Generator, together: int
-) -> tuple[Tensor, Tensor]:
+def _drawn(
+    targets: Tensor, augmentation: Augmentation, config: SlabConfig, generator: torch.Generator, together: int
+) -> _Changes:
+    """What is done to the slabs with these targets; each draw follows the targets as those before have changed them."""
+    groups, cells = len(targets) // together, augmentation.shift_cells
+    flipped = torch.zeros(len(targets), dtype=torch.bool)
+    moves = torch.zeros(len(targets), 2, dtype=torch.long)
+    if augmentation.flip:
+        flipped = (torch.rand(groups, generator=generator) < 0.5).repeat_interleave(together)
+        targets = _moved(targets, _Changes(flipped, moves, None, None), 1)
+    if cells:
+        wanted = torch.randint(-cells, cells + 1, (groups, 2), generator=generator).repeat_interleave(together, 0)
+        moved = _moved(targets, _Changes(torch.zeros_like(flipped), wanted, None, None), 1)
+        lost = moved.flatten(1).any(1) != targets.flatten(1).any(1)
+        kept = ~lost.view(groups, together).any(1).repeat_interleave(together)
+        moves[kept], targets = wanted[kept], torch.where(kept[:, None, None], moved, targets)
+    offset = corners = None
+    if augmentation.jitter_hu:
+        low, high = config.hu_window
+        drawn = (2 * torch.rand(groups, generator=generator) - 1) * augmentation.jitter_hu / (high - low)
+        offset = drawn.repeat_interleave(together)
+    if 0 < augmentation.window_cells < config.grid:
+        corners = _corners(targets, augmentation.window_cells, generator, together)
+    return _Changes(flipped, moves, offset, corners)
+
+
+def _corners(targets: Tensor, cells: int, generator: torch.Generator, together: int) -> Tensor:
     """Windows of ``cells`` cells: round a random cell of the target; elsewhere where a slab with a target has its.
 
     That is another one of the same group, or where there is none a random one of the batch.
@@ -85,17 +125,27 @@ def _windows(
             mates = filled[first : first + together].nonzero()[:, 0]
             if len(mates):
                 corners[place] = corners[first + int(mates[0])].clone()
+    return corners
 
-    def cut(planes: Tensor, step: int) -> Tensor:
-        side = cells * step
-        return torch.stack(
-            [
-                plane[..., row : row + side, column : column + side]
-                for plane, (row, column) in zip(planes, (corners * step).tolist(), strict=True)
-            ]
-        )
 
-    return cut(slabs, ENCODER_STRIDE), cut(targets, 1)
+def _moved(planes: Tensor, changes: _Changes, step: int) -> Tensor:
+    """Planes ``(batch, ..., rows, columns)`` mirrored and moved, by cells of ``step`` pixels."""
+    planes = planes.clone()
+    planes[changes.flipped] = planes[changes.flipped].flip(-1)
+    for number, (rows, columns) in enumerate((changes.moves * step).tolist()):
+        if rows or columns:
+            planes[number] = _shifted(planes[number], rows, columns)
+    return planes
+
+
+def _cut(planes: Tensor, corners: Tensor, cells: int, step: int) -> Tensor:
+    """Windows ``(batch, ..., cells * step, cells * step)`` of planes."""
+    side = cells * step
+    windows = [
+        plane[..., row : row + side, column : column + side]
+        for plane, (row, column) in zip(planes, (corners * step).tolist(), strict=True)
+    ]
+    return torch.stack(windows) if windows else planes[..., :side, :side]
 
 
 def _shifted(planes: Tensor, rows: int, columns: int) -> Tensor:

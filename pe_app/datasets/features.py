@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pe_app.datasets.cache import PreparedFile, holds, image_of
-from pe_app.datasets.sources import StudySource, naming, read_sources
+from pe_app.datasets.cache import IN_THIS_PROCESS, Entry, Preparation, PreparedFile, image_of, prepare
+from pe_app.datasets.sources import StudySource, read_sources
 from pe_app.detector import Detector
+from pe_app.errors import InputError
 from pe_app.files import replacing
 from pe_app.lungs import lung_range
-from pe_app.progress import Progress, ProgressCallback, silent
-from pe_app.slabs import study_slabs
+from pe_app.progress import ProgressCallback, silent
+from pe_app.slabs import SlabConfig, Slabs, study_slabs
 from pe_app.studies import Study
 from pe_app.volume_io import read_volume
 
@@ -80,26 +82,56 @@ def encode_studies(
 
 
 def encode_sources(
-    detector: Detector, sources: Sequence[StudySource], cache_dir: Path, progress: ProgressCallback = silent
+    detector: Detector,
+    sources: Sequence[StudySource],
+    cache_dir: Path,
+    progress: ProgressCallback = silent,
+    preparation: Preparation = IN_THIS_PROCESS,
+    refused: Callable[[InputError], None] | None = None,
 ) -> tuple[PreparedFile, ...]:
-    """``encode_studies`` for studies whose files were identified already."""
+    """``encode_studies`` for studies whose files were identified already; each of several processes encodes its part.
+
+    Args:
+        detector: as for ``encode_studies``; the same in every process.
+        sources: the studies.
+        cache_dir: as for ``encode_studies``.
+        progress: as for ``encode_studies``.
+        preparation: in how many processes studies are read while others are encoded, and in how much space.
+        refused: told of a study that cannot be used, which is then left out; by default the error is raised.
+    """
     key, count = encoder_key(detector), detector.slabs.slab_count
     shape = (count, detector.encoder.config.feature_channels, detector.slabs.grid, detector.slabs.grid)
-    files = []
-    for number, source in enumerate(sources):
-        report = _part_of("encode studies", number, len(sources), count, source.study.study, progress)
-        report(Progress("", 0, count))
-        with naming(source.study):
-            image, volume = image_of(source, cache_dir)
-            path = cache_dir / f"{image}-{key}.npy"
-            if not holds(path, np.dtype(np.float16), shape):
-                volume = volume or read_volume(source.study.path)
-                features, _ = detector.encode(study_slabs(volume, lung_range(volume), detector.slabs), report)
-                with replacing(path) as temporary:
-                    np.save(temporary, features.cpu().numpy())
-        files.append(PreparedFile(source.study.study, image, path))
-    progress(Progress("encode studies", len(sources) * count, len(sources) * count))
-    return tuple(files)
+    half = np.dtype(np.float16)
+    entries = [Entry(source, cache_dir, key, half, shape, feature_bytes(detector)) for source in sources]
+
+    def encode(entry: Entry, read: tuple[str, Slabs, Tensor], report: ProgressCallback) -> PreparedFile:
+        image, slabs, pixels = read
+        features, _ = detector.encode(replace(slabs, pixels=pixels.numpy()), report)
+        file = entry.file(image)
+        with replacing(file.path) as temporary:
+            np.save(temporary, features.cpu().numpy())
+        return file
+
+    begin = partial(_read, config=detector.slabs)
+    files = prepare(
+        "encode studies", entries, begin, encode, preparation, progress, units=count, refused=refused
+    )  # fmt: skip
+    return tuple(file for file in files if file is not None)
+
+
+def feature_bytes(detector: Detector) -> int:
+    """Size of a study's features: two bytes for each of slabs x channels x grid x grid."""
+    slabs = detector.slabs
+    return 2 * slabs.slab_count * detector.encoder.config.feature_channels * slabs.grid**2
+
+
+def _read(entry: Entry, config: SlabConfig) -> tuple[str, Slabs, Tensor]:
+    """A study's image and slabs, the pixels apart: a tensor goes from process to process without being copied."""
+    image, volume = image_of(entry.source, entry.folder)
+    volume = volume or read_volume(entry.source.study.path)
+    slabs = study_slabs(volume, lung_range(volume), config)
+    pixels = torch.from_numpy(slabs.pixels.copy())
+    return image, replace(slabs, pixels=slabs.pixels[:0]), pixels
 
 
 def encoder_key(detector: Detector) -> str:
@@ -115,10 +147,3 @@ def weights_sha256(network: nn.Module) -> str:
         content.update(name.encode())
         content.update(weight.detach().cpu().contiguous().numpy().tobytes())
     return content.hexdigest()
-
-
-def _part_of(
-    task: str, number: int, count: int, size: int, text: str, progress: ProgressCallback
-) -> Callable[[Progress], None]:
-    """A callback that reports the progress of one of ``count`` parts, each of ``size`` units, as progress of all."""
-    return lambda part: progress(Progress(task, number * size + part.done, count * size, text))

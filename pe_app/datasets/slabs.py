@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pe_app.datasets.cache import PreparedFile, holds, image_of, lung_of
-from pe_app.datasets.sources import StudySource, naming
+from pe_app import distributed
+from pe_app.datasets.cache import IN_THIS_PROCESS, Entry, Preparation, PreparedFile, holds, image_of, lung_of, prepare
+from pe_app.datasets.sources import StudySource
 from pe_app.errors import InputError
 from pe_app.files import replacing
 from pe_app.lungs import lung_range
-from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.progress import ProgressCallback, silent
 from pe_app.slabs import SlabConfig, attention_target, slab_at
 from pe_app.volume import Volume
 from pe_app.volume_io import read_volume
@@ -133,6 +134,7 @@ def prepare_slabs(
     seed: int = 0,
     progress: ProgressCallback = silent,
     negatives: NegativeSlabs = "mixed",
+    preparation: Preparation = IN_THIS_PROCESS,
 ) -> AnnotatedSlabs:
     """The slabs that one side of the split trains or validates on, drawn once and kept.
 
@@ -153,9 +155,10 @@ def prepare_slabs(
         seed: of the draw.
         progress: told before every study; may raise ``Cancelled``.
         negatives: where slabs without embolism come from.
+        preparation: in how many processes, and in how much space.
 
     Raises:
-        InputError: if there is no slab of one kind, or a study cannot be used.
+        InputError: if there is no slab of one kind, a study cannot be used, or there is no room.
     """
     if negatives not in get_args(NegativeSlabs):
         raise ValueError(f"negatives must be one of {', '.join(get_args(NegativeSlabs))}, got {negatives!r}")
@@ -179,17 +182,16 @@ def prepare_slabs(
     random = _dealt(wanted - share, drawn_from, generator)
     heights = iter(generator.permutation(_heights(sources, positive, cache_dir)) if negatives == "matched" else ())
 
-    files = []
+    entries = []
     for number, source in enumerate(sources):
-        progress(Progress("prepare slabs", number, len(sources), source.study.study))
         negative = [index for index in none[number] if (number, index) in kept]
         at = tuple(round(float(height), 3) for height in islice(heights, random[number]))
         wish = _Wish(positive[number], negative, random[number], _reviewed(source, "uncertain"), seed, at)
         if wish.positive or wish.negative or wish.random:
-            files.append(_slab_file(source, wish, config, cache_dir))
-    progress(Progress("prepare slabs", len(sources), len(sources)))
+            entries.append(_SlabEntry.of(source, wish, config, cache_dir))
+    files = prepare("prepare slabs", entries, _SlabEntry.make, lambda _, file, __: file, preparation, progress)
 
-    slabs = AnnotatedSlabs(files)
+    slabs = AnnotatedSlabs([file for file in files if file is not None])
     if slabs.labels.all():
         raise InputError(
             f"no slice without embolism in {len(sources)} studies: add studies with the label 'negative', or mark "
@@ -258,36 +260,47 @@ def _dealt(total: int, eligible: Sequence[bool], generator: np.random.Generator)
     return shares
 
 
-def _slab_file(source: StudySource, wish: _Wish, config: SlabConfig, cache_dir: Path) -> PreparedFile:
-    """The prepared slabs of one study; made where they are not there yet."""
-    fields = [
-        ("slab", "<f2", (config.slices_per_slab, config.crop, config.crop)),
-        ("target", "u1", (config.grid, config.grid)),
-        ("label", "u1"),
-        ("slice", "<i4"),
-    ]
-    dtype = np.dtype(fields)
-    key = wish.key(config)
-    with naming(source.study):
-        image, volume = image_of(source, cache_dir)
-        file = PreparedFile(source.study.study, image, cache_dir / f"{image}-{key}.npy")
-        if holds(file.path, dtype, None):
+@dataclass(frozen=True, eq=False)
+class _SlabEntry(Entry):
+    """The prepared slabs of one study."""
+
+    wish: _Wish
+    config: SlabConfig
+
+    @classmethod
+    def of(cls, source: StudySource, wish: _Wish, config: SlabConfig, cache_dir: Path) -> _SlabEntry:
+        fields = [
+            ("slab", "<f2", (config.slices_per_slab, config.crop, config.crop)),
+            ("target", "u1", (config.grid, config.grid)),
+            ("label", "u1"),
+            ("slice", "<i4"),
+        ]
+        dtype = np.dtype(fields)
+        nbytes = dtype.itemsize * (len(wish.positive) + len(wish.negative) + wish.random)
+        return cls(source, cache_dir, wish.key(config), dtype, None, nbytes, wish, config)
+
+    def make(self) -> PreparedFile:
+        """The file, from the CT."""
+        image, volume = image_of(self.source, self.folder)
+        file = self.file(image)
+        if holds(file.path, self.dtype, self.shape):
             return file
-        volume = volume or read_volume(source.study.path)
-        if source.annotation is not None:
-            source.annotation.check_belongs_to(volume)
-        negative = [*wish.negative, *_random_slices(volume, wish, int(key, 16))]
+        volume = volume or read_volume(self.source.study.path)
+        if self.source.annotation is not None:
+            self.source.annotation.check_belongs_to(volume)
+        wish = self.wish
+        negative = [*wish.negative, *_random_slices(volume, wish, int(self.key, 16))]
         with replacing(file.path) as temporary:
             count = len(wish.positive) + len(negative)
-            records = np.lib.format.open_memmap(temporary, "w+", dtype, (count,))  # type: ignore[no-untyped-call]
+            records = np.lib.format.open_memmap(temporary, "w+", self.dtype, (count,))  # type: ignore[no-untyped-call]
             wanted = [*((index, EMBOLISM) for index in wish.positive), *((index, NONE) for index in negative)]
             for record, (index, label) in zip(records, wanted, strict=True):
-                record["slab"] = slab_at(volume, index, config)
+                record["slab"] = slab_at(volume, index, self.config)
                 record["target"] = wish.positive[index] if label == EMBOLISM else 0
                 record["label"] = label
                 record["slice"] = index
             records.flush()
-    return file
+        return file
 
 
 def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
@@ -309,11 +322,11 @@ def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
 
 def _heights(sources: Sequence[StudySource], positive: Sequence[Mapping[int, object]], cache_dir: Path) -> list[float]:
     """Heights of the positive slices, from 0 at the lowest slice with lung to 1 at the highest."""
+    annotated = [source for source, slices in zip(sources, positive, strict=True) if slices]
+    lungs = iter(distributed.shared(lambda source: lung_of(source, cache_dir), annotated))
     heights = []
-    for source, slices in zip(sources, positive, strict=True):
-        if slices:
-            with naming(source.study):
-                lung = lung_of(source, cache_dir)
-            span = max(lung.last - lung.first, 1)
-            heights += [min(max((index - lung.first) / span, 0.0), 1.0) for index in slices]
+    for slices in filter(None, positive):
+        lung = next(lungs)
+        span = max(lung.last - lung.first, 1)
+        heights += [min(max((index - lung.first) / span, 0.0), 1.0) for index in slices]
     return heights

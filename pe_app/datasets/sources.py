@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pe_app import distributed
 from pe_app.annotation import SparseAnnotation
 from pe_app.errors import InputError
 from pe_app.progress import Progress, ProgressCallback, silent
@@ -51,16 +52,23 @@ def read_sources(
     Raises:
         InputError: that names the study whose files are missing or cannot be used.
     """
-    sources = []
-    for number, study in enumerate(studies):
+    numbers = range(len(studies))
+
+    def identify(number: int) -> str:
+        study = studies[number]
         progress(Progress("read the studies", number, len(studies), study.study))
         with naming(study):
             try:
-                files_sha256 = _files_sha256(study.path)
+                return _files_sha256(study.path)
             except OSError as error:
                 raise InputError(f"{study.path} cannot be read ({error.strerror}): correct the study list") from error
-            reviewed = _annotation(study) if annotations else None
-        sources.append(StudySource(study, files_sha256, reviewed))
+
+    identities = distributed.shared(identify, numbers)
+    sources = []
+    with distributed.agreed():
+        for study, files_sha256 in zip(studies, identities, strict=True):
+            with naming(study):
+                sources.append(StudySource(study, files_sha256, _annotation(study) if annotations else None))
     progress(Progress("read the studies", len(studies), len(studies)))
     return tuple(sources)
 
