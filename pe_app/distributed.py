@@ -24,6 +24,9 @@ from pe_app.progress import Cancelled
 T = TypeVar("T")
 Job = TypeVar("Job")
 
+MOST_WORKERS = 16
+"""Cores that one process can make use of, for others that prepare and read for it."""
+
 PATIENCE = timedelta(days=7)
 """One process may prepare studies for hours while the others wait; torchrun itself sees when one of them ends."""
 
@@ -66,9 +69,14 @@ def part(total: int) -> slice:
 
 
 def processors() -> int:
-    """Processor cores for each of the processes on this machine."""
+    """Processor cores for each of the processes on this machine; more than some are of no use to it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), MOST_WORKERS)
+
+
+def worth_reading_ahead() -> int:
+    """Processes that read ahead for a training that runs on a GPU; a training on the processor needs it for itself."""
+    return processors() - 1 if torch.cuda.is_available() else 0
 
 
 def gathered(own: T) -> list[T]:
@@ -172,7 +180,7 @@ def normalising_whole_batches(network: nn.Module) -> Iterator[None]:
         for module in list(network.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                    setattr(module, name, WholeBatchNorm.of(child))
+                    setattr(module, name, _of_whole_batches(child))
                     replaced.append((module, name, child))
     try:
         yield
@@ -182,23 +190,24 @@ def normalising_whole_batches(network: nn.Module) -> Iterator[None]:
             setattr(module, name, child)
 
 
-class WholeBatchNorm(nn.SyncBatchNorm):
-    """torch's ``SyncBatchNorm``, which knows GPUs only, for processors as well."""
+def _of_whole_batches(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    """To be put in the place of ``norm``, with its weights and running statistics themselves."""
+    kind = nn.SyncBatchNorm if next(norm.parameters()).is_cuda else WholeBatchNorm
+    made = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    made._parameters, made._buffers = norm._parameters, norm._buffers
+    return made.train(norm.training)
 
-    @classmethod
-    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> WholeBatchNorm:
-        """In the place of ``norm``, with its weights and running statistics themselves."""
-        made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        made._parameters, made._buffers = norm._parameters, norm._buffers
-        return made.train(norm.training)
+
+class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What torch's ``SyncBatchNorm`` is on GPUs, on processors; with weights, for batches of any number of axes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As of every batch normalisation; ``x`` may hold no item."""
-        if not self.training or x.is_cuda:
+        if not self.training:
             return super().forward(x)
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = summed(torch.tensor(x.numel() // x.shape[1])).item()
         mean: Tensor = _SumOfAll.apply(wide.sum(axes)) / count
         deviation = wide - mean.view(shape)
@@ -207,6 +216,9 @@ class WholeBatchNorm(nn.SyncBatchNorm):
         self._remember(mean.detach(), variance.detach() * (count / (count - 1)))
         scale = (variance + self.eps).rsqrt() * self.weight
         return (deviation * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
 
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
         """Into the running statistics; without a momentum they are plain averages."""

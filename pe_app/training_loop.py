@@ -94,7 +94,7 @@ def fit(
     with distributed.normalising_whole_batches(network):
         judge = _Judge(network, score)
         several = distributed.size() > 1
-        learner = DistributedDataParallel(judge, broadcast_buffers=False) if several else judge
+        learner = DistributedDataParallel(judge) if several else judge
         for epoch in range(len(run.state.history) + 1, settings.epochs + 1):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(settings, epoch)

@@ -153,6 +153,40 @@ def test_a_training_publishes_its_model_another_waits_and_a_third_is_sent_away(s
 
 
 @pytest.mark.timeout(2 * PATIENCE)
+def test_two_processes_train_together_and_go_on_when_one_is_killed(studied, server, monkeypatch):
+    import psutil
+
+    monkeypatch.setenv("PE_TRAINING_PROCESSES", "2")
+    queue = server()
+    queue.submit("encoder", {**SETTINGS, "epochs": 4, "seed": 3}, "ann", enqueue=False)
+    deadline = time.monotonic() + PATIENCE
+    while not (queue.tasks()[-1].run and epochs_of(studied, queue.tasks()[-1].run)):
+        assert queue.tasks()[-1].status in ("SUBMITTED", "RUNNING"), queue.tasks()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    run = queue.tasks()[-1].run
+    (launcher,) = alive(studied.private / "runs" / run)
+    members = [child for child in psutil.Process(launcher).children() if "--multiprocessing-fork" in child.cmdline()]
+    assert len(members) == 2
+    members[1].kill()
+    assert ended(queue).status == "DONE", queue.tasks()
+    log = (studied.private / "runs" / run / "log.txt").read_text()
+    assert [log.count(f"epoch {epoch} of 4:") for epoch in range(1, 5)] == [1] * 4, log
+    assert log.count("is published") == 1
+
+    queue.submit("encoder", {**SETTINGS, "epochs": 500, "seed": 4}, "ann", enqueue=False)
+    while queue.tasks()[-1].run in ("", run) or not epochs_of(studied, queue.tasks()[-1].run):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    folder = studied.private / "runs" / queue.tasks()[-1].run
+    members = psutil.Process(alive(folder)[0]).children()
+    queue.stop()
+    psutil.wait_procs(members, timeout=PATIENCE)
+    assert not any(member.is_running() for member in members)
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+
+
+@pytest.mark.timeout(2 * PATIENCE)
 def test_a_training_whose_server_is_killed_stops_at_its_next_step_and_the_same_request_goes_on(studied, server):
     asked = {**SETTINGS, "epochs": 6, "seed": 1}
     pid = os.fork()

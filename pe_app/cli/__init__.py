@@ -7,6 +7,7 @@ answer at once.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -18,6 +19,7 @@ from pe_app.allocation import keep_freed_memory
 from pe_app.cli.bench import bench
 from pe_app.cli.cohort import calibrate, compare, evaluate, label_reports, phantom
 from pe_app.cli.detecting import detect
+from pe_app.cli.encoding import encode
 from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.reading import demo, serve
@@ -54,6 +56,7 @@ train_app.command()(encoder)
 train_app.command()(classifier)
 train_app.command()(end_to_end)
 app.add_typer(train_app, name="train")
+app.command()(encode)
 app.command("import")(import_)
 app.command()(phantom)
 app.command()(label_reports)
@@ -86,7 +89,8 @@ app.command()(bench)
 def main() -> None:
     """Run the command line."""
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every attribute
     warnings.filterwarnings("ignore", "The string .* is unlikely to represent the intended person name")  # shows names
     try:

@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from pe_app.errors import InputError
-from pe_app.progress import Progress, ProgressCallback
+from pe_app.progress import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
+    from pe_app.datasets import Preparation
     from pe_app.dicomweb import Access
 
 EXIT_BAD_INPUT = 2
@@ -83,9 +84,52 @@ Limits = Annotated[
 ]
 
 
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes that prepare studies, beside each "
+                                             "that trains, and read ahead. [default: one a core; they read ahead for "
+                                             "a GPU only]")]  # fmt: skip
+CacheLimit = Annotated[str, typer.Option("--cache-limit", help="How large the folder of prepared files may grow, 200GB "
+                                         "or 2TB; what would need more is refused before it starts. [default: the "
+                                         "disk]", show_default=False)]  # fmt: skip
+
+
+def preparation(workers: int | None, cache_limit: str) -> Preparation:
+    """How missing files of a cache are made.
+
+    Raises:
+        InputError: if the limit is none.
+    """
+    from pe_app import distributed
+    from pe_app.datasets import Preparation
+
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])B", cache_limit, re.IGNORECASE)
+    if cache_limit and not size:
+        raise InputError(f"--cache-limit {cache_limit}: expected a size such as 500MB, 200GB or 2TB")
+    limit = int(float(size[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[size[2].upper()]) if size else None
+    return Preparation(workers or distributed.processors(), limit)
+
+
+def reading_ahead(workers: int | None) -> int:
+    """Processes that read items ahead of a training."""
+    from pe_app import distributed
+
+    return distributed.worth_reading_ahead() if workers is None else workers if workers > 1 else 0
+
+
+def tell_once(text: str) -> None:
+    """Print a line; of several processes that torchrun started the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text)
+
+
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """A callback that shows one bar a task with the time left, on standard error."""
+    """A callback that shows one bar a task with the time left, on standard error.
+
+    Of several processes that torchrun started the first one shows it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield silent
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

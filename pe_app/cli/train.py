@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pe_app.cli.options import StudyList, progress_bars
+from pe_app.cli.options import CacheLimit, StudyList, Workers, preparation, progress_bars, reading_ahead, tell_once
 
 Out = Annotated[Path, typer.Option("--out", help="Where the trained model is published.")]
 RunDir = Annotated[Path | None, typer.Option(help="Metrics, curves, checkpoints. [default: OUT without suffix + .run]")]
@@ -112,8 +112,15 @@ def encoder(
     precision: PrecisionChoice = PrecisionChoice.AUTO,
     seed: int = 0,
     run_dir: RunDir = None,
+    cache: Annotated[Path | None, typer.Option(help="Prepared slabs. [default: in the run folder]")] = None,
+    cache_limit: CacheLimit = "",
+    workers: Workers = None,
 ) -> None:  # fmt: skip
-    """Stage I: learn where to look, from the annotated slices of a study list. Goes on where it was interrupted."""
+    """Stage I: learn where to look, from the annotated slices of a study list. Goes on where it was interrupted.
+
+    On several GPUs or machines: torchrun ... -m pe_app train encoder ...
+    """
+    from pe_app import distributed
     from pe_app.datasets import Augmentation
     from pe_app.losses import AttentionLoss
     from pe_app.slab_encoder import EncoderConfig
@@ -135,11 +142,12 @@ def encoder(
         schedule=schedule.value,
         fresh_statistics=fresh_statistics,
         precision=precision.value,
+        workers=reading_ahead(workers),
         seed=seed,
     )
     network = EncoderConfig(slabs.slices_per_slab, width, attention_score.value, architecture.value)
     directions: Literal["parallel", "serial"] = "serial" if serial else "parallel"
-    with progress_bars() as progress:
+    with distributed.joined(), progress_bars() as progress:
         train_encoder(
             read_studies(studies),
             out,
@@ -151,9 +159,11 @@ def encoder(
             start_from=start_from,
             synthetic=synthetic,
             run_dir=run_dir,
+            slabs_dir=cache,
+            preparation=preparation(workers, cache_limit),
             progress=progress,
         )
-    typer.echo(f"Stage I published to {out}; train stage II with: pe-app train classifier --encoder {out} ...")
+    tell_once(f"Stage I published to {out}; train stage II with: pe-app train classifier --encoder {out} ...")
 
 
 def classifier(
@@ -165,15 +175,21 @@ def classifier(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
     schedule: Annotated[LearningRate, typer.Option(help="Of the learning rate.")] = LearningRate.CONSTANT,
     fresh_statistics: Statistics = False,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Features of the studies. [default: in the run folder]")
+    cache: Annotated[
+        Path | None, typer.Option(help="Features, as 'encode' makes them. [default: in the run folder]")
     ] = None,
+    cache_limit: CacheLimit = "",
+    workers: Workers = None,
     synthetic: Annotated[bool, typer.Option(help="Record that every embolism is simulated or painted.")] = False,
     precision: PrecisionChoice = PrecisionChoice.AUTO,
     seed: int = 0,
     run_dir: RunDir = None,
 ) -> None:
-    """Stage II: learn what a whole study means, from study labels. Goes on where it was interrupted."""
+    """Stage II: learn what a whole study means, from study labels. Goes on where it was interrupted.
+
+    On several GPUs or machines: torchrun ... -m pe_app train classifier ...
+    """
+    from pe_app import distributed
     from pe_app.studies import read_studies
     from pe_app.training import ClassifierTraining, train_classifier
 
@@ -184,9 +200,10 @@ def classifier(
         schedule=schedule.value,
         fresh_statistics=fresh_statistics,
         precision=precision.value,
+        workers=reading_ahead(workers),
         seed=seed,
     )
-    with progress_bars() as progress:
+    with distributed.joined(), progress_bars() as progress:
         train_classifier(
             read_studies(studies),
             encoder,
@@ -194,10 +211,11 @@ def classifier(
             settings=settings,
             synthetic=synthetic,
             run_dir=run_dir,
-            cache_dir=cache_dir,
+            cache_dir=cache,
+            preparation=preparation(workers, cache_limit),
             progress=progress,
         )
-    typer.echo(f"Model published to {out}; try it with: pe-app detect STUDY --model {out}")
+    tell_once(f"Model published to {out}; try it with: pe-app detect STUDY --model {out}")
 
 
 def end_to_end(
@@ -208,13 +226,14 @@ def end_to_end(
     batch: Annotated[int, typer.Option(min=1, help="Studies a step.")] = 2,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-5,
     gradient_slabs: Annotated[int, typer.Option(min=1, help="Slabs a study that carry the gradient.")] = 10,
-    cache_dir: Annotated[Path | None, typer.Option(help="Slabs of the studies. [default: in the run folder]")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Slabs of the studies. [default: in the run folder]")] = None,
     synthetic: Annotated[bool, typer.Option(help="Record that every embolism is simulated or painted.")] = False,
     precision: PrecisionChoice = PrecisionChoice.AUTO,
     seed: int = 0,
     run_dir: RunDir = None,
 ) -> None:
     """Both stages together, after stage II has converged; not in the paper. Goes on where it was interrupted."""
+    from pe_app import distributed
     from pe_app.fine_tuning import FineTuning, train_end_to_end
     from pe_app.studies import read_studies
 
@@ -226,7 +245,7 @@ def end_to_end(
         precision=precision.value,
         seed=seed,
     )
-    with progress_bars() as progress:
+    with distributed.joined(), progress_bars() as progress:
         train_end_to_end(
             read_studies(studies),
             model,
@@ -234,7 +253,7 @@ def end_to_end(
             settings=settings,
             synthetic=synthetic,
             run_dir=run_dir,
-            cache_dir=cache_dir,
+            cache_dir=cache,
             progress=progress,
         )
-    typer.echo(f"Model published to {out}; hold it against {model} with: pe-app evaluate --model {model} {out} ...")
+    tell_once(f"Model published to {out}; hold it against {model} with: pe-app evaluate --model {model} {out} ...")

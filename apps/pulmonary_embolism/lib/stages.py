@@ -2,7 +2,8 @@
 
 The folder says all that the process needs, so that it starts without MONAI Label, whose import takes longer than the
 first steps. It works as long as its standard input is open: the server that started it closes it to stop it, and when
-the server dies, however that happens, the system does.
+the server dies, however that happens, the system does. Where there are several GPUs, a process for each trains, started
+and watched by this one as torchrun does it.
 
     FOLDER/request.json   a Request
     FOLDER/studies.csv    the studies, with labels and annotations as they were when the training was asked for
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import sys
@@ -22,12 +24,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from filelock import FileLock, Timeout
 from lib.models import Models
 
-from pe_app.datasets import encoder_key
+from pe_app import distributed
+from pe_app.datasets import Preparation, encoder_key
 from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.files import write_durably
@@ -53,6 +57,12 @@ DERIVED = ("grid", "feature_channels")
 
 STOPPED = 3
 """Exit status of a training that was asked to stop."""
+
+PROCESSES = "PE_TRAINING_PROCESSES"
+"""Environment variable: how many processes train together; by default one a GPU, and one where there is none."""
+
+RESTARTS = 3
+"""So often a training goes on from its last epoch after one of several processes ended."""
 
 LAST_STEP_SECONDS = 600.0
 """A process whose step takes longer than that after it was asked to stop is ended; epochs that are done are kept."""
@@ -109,7 +119,14 @@ def encoder_to_start_from(private: Path, models: Models) -> Path | None:
     return trained if trained.is_file() else models.path()
 
 
-def train(folder: Path, stop: threading.Event) -> Detector:
+class Stop(Protocol):
+    """A ``threading.Event``, or one that several processes share."""
+
+    def is_set(self) -> bool:
+        """Whether to stop at the next step."""
+
+
+def train(folder: Path, stop: Stop) -> Detector:
     """Do what the folder's request says; the new model is served unless the present one is better or pinned.
 
     Raises:
@@ -128,7 +145,7 @@ def train(folder: Path, stop: threading.Event) -> Detector:
     if request.stage == "encoder":
         detector = _train_encoder(studies, request.settings, private, folder, report)
         # the new encoder needs a new classifier: a model whose stages are both trained stays until there is one
-        if not models.current().card.trained:
+        if distributed.is_main() and not models.current().card.trained:
             models.publish(private / "encoder.safetensors")
         return detector
     encoder = encoder_to_start_from(private, models)
@@ -136,19 +153,21 @@ def train(folder: Path, stop: threading.Event) -> Detector:
         raise InputError("there is no trained encoder: train the encoder first")
     features = private / "features" / encoder_key(Detector.load(encoder))[:16]
     for other in features.parent.glob("*"):
-        if other != features:  # of a former encoder; 30 MB a study
+        if other != features and distributed.is_main():  # of a former encoder; 30 MB a study
             shutil.rmtree(other, ignore_errors=True)
     detector = train_classifier(
         studies,
         encoder,
         folder / "model.safetensors",
-        settings=_make(ClassifierTraining, request.settings),
+        settings=_make(ClassifierTraining, _reading_ahead(request.settings)),
         synthetic=request.settings["synthetic"],
         run_dir=folder,
         cache_dir=features,
+        preparation=Preparation(distributed.processors()),
         progress=report,
     )
-    models.publish(folder / "model.safetensors")
+    if distributed.is_main():
+        models.publish(folder / "model.safetensors")
     return detector
 
 
@@ -158,14 +177,20 @@ def _train_encoder(
     return train_encoder(
         studies,
         private / "encoder.safetensors",
-        settings=_make(EncoderTraining, {**settings, "attention_loss": _make(AttentionLoss, settings)}),
+        settings=_make(EncoderTraining, {**_reading_ahead(settings), "attention_loss": _make(AttentionLoss, settings)}),
         slabs=_make(SlabConfig, settings),
         network=_make(EncoderConfig, settings),
         classifier=_make(ClassifierConfig, settings),
         synthetic=settings["synthetic"],
         run_dir=folder,
+        preparation=Preparation(distributed.processors()),
         progress=report,
     )
+
+
+def _reading_ahead(settings: Settings) -> Settings:
+    """The settings with as many processes that read ahead as this machine has use for, unless some were asked for."""
+    return {**settings, "workers": settings["workers"] or distributed.worth_reading_ahead()}
 
 
 def tell_end(folder: Path, request: Request, state: str, text: str) -> None:
@@ -229,24 +254,58 @@ def main(folder: Path) -> int:
     stop = threading.Event()
     threading.Thread(target=_watch, args=(stop,), name="watch the server", daemon=True).start()
     alone = FileLock(folder.parent / ".training")
+    while not alone.is_locked:
+        if stop.is_set():
+            return STOPPED
+        try:
+            alone.acquire(timeout=1)
+        except Timeout:
+            logger.info("another training is doing its last step")
+    count = int(os.environ.get(PROCESSES, "0")) or max(1, torch.cuda.device_count())
+    return _train(folder, stop) if count == 1 else _train_together(folder, stop, count)
+
+
+def _train(folder: Path, stop: Stop) -> int:
+    """Train, and tell how that ended; the exit status."""
     try:
-        while not alone.is_locked:
-            if stop.is_set():
-                return STOPPED
-            try:
-                alone.acquire(timeout=1)
-            except Timeout:
-                logger.info("another training is doing its last step")
         detector = train(folder, stop)
     except Cancelled:
         logger.info("stopped: the same request goes on from here")
         return STOPPED
     except InputError as error:
         logger.error("%s", error)
-        tell_end(folder, Request.read(folder), "failed", str(error))
+        if distributed.is_main():
+            tell_end(folder, Request.read(folder), "failed", str(error))
         return 1
     logger.info("model %s is published", detector.sha256)
     return 0
+
+
+def _train_together(folder: Path, stop: threading.Event, count: int) -> int:
+    """Train in several processes, which are started again when one of them ends before its time."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    stop_all = multiprocessing.get_context("spawn").Event()
+    threading.Thread(target=lambda: stop.wait() and stop_all.set(), daemon=True).start()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, distributed.processors() // count)))
+    config = LaunchConfig(
+        1, 1, count, run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=RESTARTS
+    )
+    try:
+        codes: dict[int, int] = elastic_launch(config, _member)(str(folder), stop_all)
+    except ChildFailedError as error:
+        logger.error("%s", error)
+        return 1
+    return codes[0]
+
+
+def _member(folder: str, stop: Stop) -> int:
+    """One of several processes that train together."""
+    with distributed.joined():
+        level = logging.INFO if distributed.is_main() else logging.ERROR
+        logging.basicConfig(level=level, format="%(asctime)s %(message)s")
+        return _train(Path(folder), stop)
 
 
 if __name__ == "__main__":

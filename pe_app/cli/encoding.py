@@ -1,0 +1,62 @@
+"""The verb that prepares what stage II learns from: encode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pe_app.cli.options import (
+    EXIT_BAD_INPUT,
+    CacheLimit,
+    StudyList,
+    Workers,
+    preparation,
+    progress_bars,
+    tell_once,
+)
+from pe_app.errors import InputError
+
+
+def encode(
+    studies: StudyList,
+    model: Annotated[Path, typer.Option("--model", help="Model whose trained encoder looks at the studies.")],
+    cache: Annotated[Path, typer.Option("--cache", help="Folder of the features; several lists may share it.")],
+    cache_limit: CacheLimit = "",
+    workers: Workers = None,
+) -> None:
+    """Features of every study of a list, made once: what 'train classifier --cache' learns from.
+
+    Goes on where it was interrupted; a study that cannot be used is named in the end and stops no other.
+
+    On several GPUs or machines: torchrun ... -m pe_app encode ...
+    """
+    from pe_app import distributed
+    from pe_app.datasets import encode_sources, encoder_key, feature_bytes, read_sources
+    from pe_app.detector import Detector
+    from pe_app.studies import missing, read_studies
+
+    listed = read_studies(studies)
+    if gone := [path for path in missing(listed) if path in {study.path for study in listed}]:
+        raise InputError(f"{studies}: {len(gone)} CTs are not there, the first is {gone[0]}: correct the study list")
+    refused: list[InputError] = []
+    with distributed.joined(), progress_bars() as progress:
+        detector = Detector.load(model)  # on the GPU of this process
+        if detector.card.encoder is None:
+            raise InputError(f"model {model}: its encoder is not trained: train stage I first")
+        sources = read_sources(listed, annotations=False, progress=progress)
+        before = set(cache.glob(f"*-{encoder_key(detector)}.npy"))
+        how = preparation(workers, cache_limit)
+        files = encode_sources(detector, sources, cache, progress, how, refused.append)
+        refusals = [error for each in distributed.gathered(refused) for error in each]
+    new = len({file.path for file in files} - before)
+    size = feature_bytes(detector)
+    for error in refusals:
+        tell_once(f"pe-app: {error}")
+    tell_once(
+        f"{len(files)} of {len(listed)} studies are in {cache}, {new} of them new; {size / 1e6:.3g} MB a study, "
+        f"{size * len(files) / 1e9:.3g} GB. Train with: pe-app train classifier --encoder {model} --cache {cache} ..."
+    )
+    if refusals:
+        raise typer.Exit(EXIT_BAD_INPUT)
