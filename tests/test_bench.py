@@ -106,6 +106,13 @@ def test_the_command_prints_the_table_as_json(series, quick):
     ]
 
 
+def test_the_memory_of_a_detection_holds_the_study_and_its_attention():
+    used = measure.measure_memory(slices=40, matrix=64)
+    assert used["slices"] == 40
+    assert used["idle_mb"] > 100  # torch alone
+    assert used["peak_mb"] - used["idle_mb"] == used["above_idle_mb"] > 40 * 64 * 64 * 2 / 2**20
+
+
 def test_a_step_that_does_not_exist_is_refused(series):
     with pytest.raises(InputError, match="no step 'cook'"):
         run_bench(series, steps=["cook"])

@@ -18,6 +18,7 @@ import pydicom
 import torch
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from pe_app.allocation import keep_freed_memory
 from pe_app.baselines.penet import PENet, PENetConfig, penet_windows
 from pe_app.bench import textbook
 from pe_app.bench.limits import Limits, best_seconds, operations
@@ -143,10 +144,26 @@ def run_bench(
         return Bench(_machine(bench.limits), tuple(rows))
 
 
-def measure_memory(slices: int = LONG_SLICES) -> dict[str, float]:
-    """Memory in MB of a process of its own: idle with the model loaded, and at the peak of one long detection."""
-    script = "import sys; from pe_app.bench.measure import _print_memory; _print_memory(int(sys.argv[1]))"
-    run = subprocess.run([sys.executable, "-c", script, str(slices)], capture_output=True, text=True, check=True)
+def measure_memory(slices: int = LONG_SLICES, matrix: int = 512) -> dict[str, float]:
+    """Memory in MB of a process of its own: idle with the model loaded, and at the peak of one long detection.
+
+    The detection is that of a server: a study is read from its .nrrd file, and freed memory is kept.
+
+    Raises:
+        InputError: elsewhere than on Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        raise InputError("--memory: measured on Linux only")
+    config = PhantomConfig(matrix, spacing_mm=5.0)
+    volume = make_phantom(np.random.default_rng(7), config, positive=False).volume
+    index = np.rint(np.linspace(0, volume.shape[0] - 1, slices)).astype(int)
+    affine = volume.affine.copy()
+    affine[:, 0] *= volume.shape[0] / slices
+    with tempfile.TemporaryDirectory() as folder:
+        study = Path(folder, "long.nrrd")
+        write_volume(Volume(volume.voxels[index], affine, "long"), study)
+        script = "import sys; from pe_app.bench.measure import _print_memory; _print_memory(sys.argv[1])"
+        run = subprocess.run([sys.executable, "-c", script, str(study)], capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(run.stdout)
     return found
 
@@ -439,21 +456,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _print_memory(slices: int) -> None:
+def _print_memory(study: str) -> None:
     """In a process of its own: the peak of a detection is that of the process."""
-    import resource
-
-    volume = make_phantom(np.random.default_rng(7), PhantomConfig(spacing_mm=5.0), positive=False).volume
-    index = np.rint(np.linspace(0, volume.shape[0] - 1, slices)).astype(int)
-    affine = volume.affine.copy()
-    affine[:, 0] *= volume.shape[0] / slices
-    long = Volume(volume.voxels[index], affine, "long")
+    keep_freed_memory()
     detector = Detector.load(model) if (model := default_model()) else Detector.untrained()
-    megabyte = 2**20 if sys.platform == "darwin" else 2**10
+    idle = _memory_mb("VmRSS")
+    slices = detector.detect(read_volume(study)).detection.image.size[0]
+    peak = _memory_mb("VmHWM")
+    memory = {"slices": slices, "idle_mb": idle, "peak_mb": peak, "above_idle_mb": peak - idle}
+    sys.stdout.write(json.dumps(memory))
 
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / megabyte
 
-    idle = peak()
-    detector.detect(long)
-    sys.stdout.write(json.dumps({"slices": slices, "idle_mb": idle, "peak_mb": peak(), "above_idle_mb": peak() - idle}))
+def _memory_mb(kind: str) -> float:
+    """Of this process, as Linux counts it: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) / 2**10
