@@ -309,11 +309,15 @@ class _Steps:
         )
 
     def request(self) -> Step:
-        """A client's request to the server. Limit: the detection itself."""
+        """A client's request to the server for a study that it has not seen. Limit: the detection itself."""
         studies = self.folder / "served"
-        write_volume(self.volume, studies / "study.nrrd")
+        names = [f"study{number}" for number in range(self.repeats + 1)]  # the server remembers what it has detected
+        for number, name in enumerate(names):
+            voxels = self.volume.voxels.copy()
+            voxels.flat[0] += number
+            write_volume(self.volume.with_voxels(voxels), studies / f"{name}.nii")
         with running_server(studies, self.folder / "server.log") as address:
-            seconds = self._best(lambda: request_detection(address, "study"))
+            seconds = self._best(lambda: request_detection(address, names.pop()))
         return Step("request", seconds, None, self._best(lambda: self.detector.detect(self.volume)))
 
     def train_encoder(self) -> Step:
