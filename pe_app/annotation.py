@@ -130,6 +130,10 @@ class SparseAnnotation:
         object.__setattr__(self, "slices", slices)
         object.__setattr__(self, "masks", MappingProxyType(masks))
 
+    def __reduce__(self) -> tuple[type[SparseAnnotation], tuple[object, ...]]:
+        """To another process it goes by its fields; a read-only mapping cannot go."""
+        return type(self), (self.image_sha256, self.shape, self.spacing_mm, self.slices, dict(self.masks))
+
     @classmethod
     def empty(cls, volume: Volume) -> SparseAnnotation:
         """The annotation of a CT that nobody has looked at."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pe_app import distributed
 from pe_app.datasets import StudyItem, prepare_arrays, read_sources
 from pe_app.detector import SLABS_AT_ONCE, Detector, ModelCard, TrainingRecord
 from pe_app.device import autocast, best_device
@@ -131,6 +132,8 @@ def train_end_to_end(
     Raises:
         InputError: if the model is not trained, a study cannot be used, or the run folder is another's.
     """
+    if distributed.size() > 1:
+        raise InputError("both stages together are trained by one process: start it without torchrun")
     settings = settings or FineTuning()
     device = device or best_device()
     base = Detector.load(model).to(device)

@@ -1,5 +1,7 @@
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from pe_app.annotation import ReviewedSlice, SparseAnnotation
 from pe_app.datasets import (
     AnnotatedSlabs,
     Augmentation,
+    Preparation,
     SlabItem,
     StudyFeatures,
     TwinSlabs,
     augmented,
     encode_sources,
     encode_studies,
+    feature_bytes,
     prepare_slabs,
     read_sources,
 )
@@ -463,3 +467,69 @@ def test_negatives_of_negative_studies_only_are_the_papers_way(studies, tmp_path
     labels = {study.study: study.label for study in annotated}
     for index, (file, _) in enumerate(slabs.places):
         assert (labels[slabs.files[file].study] == "positive") == bool(slabs.labels[index])
+
+
+# Many studies
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+def test_processes_prepare_what_one_would(tmp_path, detector):
+    sources = read_sources(small_studies(tmp_path / "studies", count=8))
+    for folder, preparation in (("one", Preparation()), ("two", Preparation(workers=2))):
+        slabs = prepare_slabs(sources, SLABS, tmp_path / folder, preparation=preparation)
+        assert [file.study for file in slabs.files] == [source.study.study for source in sources]
+        files = encode_sources(detector, sources, tmp_path / f"{folder} encoded", preparation=preparation)
+        assert [file.study for file in files] == [source.study.study for source in sources]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one encoded") == contents(tmp_path / "two encoded")
+
+
+def test_the_size_of_the_features_is_known_before(studies, tmp_path, detector):
+    (path,) = encode_studies(detector, studies[:1], tmp_path)
+    assert np.load(path).nbytes == feature_bytes(detector)
+    paper = Detector.untrained()
+    assert feature_bytes(paper) == 50 * 512 * 24 * 24 * 2
+
+
+def test_what_would_go_beyond_the_limit_is_refused_before_anything_is_made(studies, tmp_path, detector):
+    sources, size = read_sources(studies, annotations=False), feature_bytes(detector)
+    files = encode_sources(detector, sources[:2], tmp_path)
+    there = sum(file.path.stat().st_size for file in files)
+    limited = Preparation(limit_bytes=there + 4 * size - 1)
+    with pytest.raises(InputError, match=r"4 files are still missing, .* beyond the limit of .*: raise the limit"):
+        encode_sources(detector, sources, tmp_path, preparation=limited)
+    assert len(contents(tmp_path)) == 2
+    assert len(encode_sources(detector, sources[:2], tmp_path, preparation=Preparation(limit_bytes=1))) == 2
+    enough = Preparation(limit_bytes=there + 4 * size)
+    assert len(encode_sources(detector, sources, tmp_path, preparation=enough)) == 6
+
+
+def test_what_does_not_find_room_on_the_disk_is_refused_before_anything_is_made(studies, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"6 files are still missing, .* its disk has 1e-06 GB left"):
+        prepared(studies, tmp_path)
+    assert not contents(tmp_path)
+
+
+def test_unfinished_files_of_killed_processes_are_removed_when_nobody_can_be_writing_them(studies, tmp_path):
+    old, new = (tmp_path / f".{'0a' * 16}.{name}.npy" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    prepared(studies, tmp_path)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_study_that_cannot_be_used_stops_no_other_where_that_is_wanted(studies, tmp_path, detector):
+    sources = read_sources(studies, annotations=False)
+    broken = tmp_path / "broken.nrrd"
+    broken.write_bytes(b"NRRD0004")
+    (bad,) = read_sources([replace(studies[2], path=broken)], annotations=False)
+    said: list[InputError] = []
+    files = encode_sources(detector, (*sources[:2], bad, sources[3]), tmp_path, refused=said.append)
+    assert [file.study for file in files] == ["study0", "study1", "study3"]
+    assert str(said[0]).startswith("study study2: ")

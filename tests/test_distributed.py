@@ -23,6 +23,7 @@ from pe_app.cli import app
 from pe_app.datasets import Augmentation, SlabItem, StudyItem, augmented, encode_studies
 from pe_app.detector import Detector
 from pe_app.errors import InputError
+from pe_app.fine_tuning import train_end_to_end
 from pe_app.progress import Cancelled
 from pe_app.slabs import SlabConfig
 from pe_app.studies import write_studies
@@ -200,6 +201,15 @@ def test_what_one_process_meets_all_raise_and_none_waits_for_ever(tmp_path):
         return said
 
     assert together(work, tmp_path) == [["InputError: study x: broken", "Cancelled: enough"]] * 2
+
+
+def test_both_stages_at_once_are_for_one_process(tmp_path):
+    def work() -> str:
+        with pytest.raises(InputError, match="start it without torchrun") as met:
+            train_end_to_end((), tmp_path / "model.safetensors", tmp_path / "out.safetensors")
+        return str(met.value)
+
+    assert len(together(work, tmp_path)) == 2
 
 
 # The trainings, as a person starts them
