@@ -1,0 +1,23 @@
+"""The server starts without MONAI, which still can be had."""
+
+import subprocess
+import sys
+
+
+def test_the_server_is_imported_without_monai_and_its_stock_tasks():
+    program = "import sys, pe_monailabel, lib.server, lib.infer, lib.train\n"
+    program += "print([name for name in ('monai', 'mlflow', 'matplotlib', 'sklearn') if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_a_stand_in_leaves_no_trace_and_refuses_to_work():
+    program = (
+        "import importlib.util, sys, pe_monailabel, lib.compat\n"
+        "from monailabel.utils.others import generic\n"
+        "try:\n    generic.download_url('https://example.org', 'x')\n"
+        "except NotImplementedError as error:\n    print(error)\n"
+        "print(importlib.util.find_spec('monai').loader.__class__.__name__)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == ["this server was started without MONAI's download_url", "SourceFileLoader"]
