@@ -1,7 +1,8 @@
 """How time and memory grow with the number of studies: ``python tests/growth.py [--studies N ...]``; not in the suite.
 
 Small studies (32 slices of 64 x 64, 6 slabs, a narrow network), so that a thousand take minutes. Every step runs in a
-process of its own, whose peak memory is told beside that of one that has only loaded the program.
+process of its own with one thread; told are its processor time, so that what else the machine does changes little, and
+its peak memory, beside that of a process that has only loaded the program.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def run(step: str, folder: Path) -> dict[str, float]:
 
     from pe_app.datasets import encode_sources, read_sources
     from pe_app.detector import Detector
+    from pe_app.progress import Progress
     from pe_app.studies import read_studies
     from pe_app.training import (
         ClassifierTraining,
@@ -44,6 +46,12 @@ def run(step: str, folder: Path) -> dict[str, float]:
     encoder, features = folder / "encoder.safetensors", folder / "features"
     shapes = {"slabs": SLABS, "network": ENCODER, "classifier": CLASSIFIER}
 
+    clock = {"begin": time.process_time(), "end": 0.0}
+
+    def watch(progress: Progress) -> None:
+        """An epoch begins when the preparation ends."""
+        clock["end" if progress.task.startswith("train") else "begin"] = time.process_time()
+
     def make_slabs() -> None:
         sources = read_sources(studies)
         for side in ("train", "validation"):
@@ -59,19 +67,16 @@ def run(step: str, folder: Path) -> dict[str, float]:
         "identify": lambda: read_sources(studies),
         "slabs": make_slabs,
         "epoch of stage I": lambda: train_encoder(
-            studies, encoder, settings=stage1, slabs_dir=folder / "slabs", **shapes
+            studies, encoder, settings=stage1, slabs_dir=folder / "slabs", progress=watch, **shapes
         ),
         "encode": encode,
         "epoch of stage II": lambda: train_classifier(
-            studies, encoder, folder / "model.safetensors", settings=stage2, cache_dir=features
+            studies, encoder, folder / "model.safetensors", settings=stage2, cache_dir=features, progress=watch
         ),
     }
-    begin = time.perf_counter()
+    clock["begin"] = time.process_time()
     works[step]()
-    seconds = time.perf_counter() - begin
-    if step.startswith("epoch"):  # without what comes before and after it
-        out = "encoder.run" if step.endswith(" I") else "model.run"
-        seconds = json.loads((folder / out / "status.json").read_text())["history"][0]["seconds"]
+    seconds = (clock["end"] or time.process_time()) - clock["begin"]
     return {"seconds": seconds, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
 
 

@@ -24,7 +24,7 @@ from pe_app.datasets import Augmentation, SlabItem, StudyItem, augmented, encode
 from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.fine_tuning import train_end_to_end
-from pe_app.progress import Cancelled
+from pe_app.progress import Cancelled, Progress
 from pe_app.slabs import SlabConfig
 from pe_app.studies import write_studies
 from pe_app.training import ClassifierTraining, EncoderTraining, score_slabs, train_classifier, train_encoder
@@ -269,22 +269,23 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name not in ("seconds", "waiting")} for row in history]
 
 
-ENCODER_WORDS = (
-    *("--epochs", 2, "--batch", 7, "--learning-rate", 2e-5, "--precision", "float32", "--fresh-statistics"),
-    *("--flip", "--shift-cells", 1, "--jitter-hu", 20, "--matrix", 64, "--crop", 64, "--slab-count", 6),
-    *("--width", 8, "--filters", 4),
-)
+def test_two_processes_train_the_encoder_that_one_would(studies, alone, tmp_path):
+    out, slabs = tmp_path / "encoder.safetensors", alone.folder / "encoder.run" / "slabs"
+    told: list[Progress] = []
 
+    def train() -> tuple[dict[str, torch.Tensor], int]:
+        settings = {"settings": ENCODER_TRAINING, "slabs_dir": slabs, "progress": told.append}
+        return train_encoder(studies, out, **settings, **SHAPES).encoder.state_dict(), len(told)
 
-def test_two_processes_train_the_encoder_that_one_would(listed, alone, tmp_path):
-    out = tmp_path / "encoder.safetensors"
-    done = torchrun("-m", "pe_app", "train", "encoder", "--studies", listed, "--out", out, *ENCODER_WORDS)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Stage I published") == 1
+    (first, reports), (second, silence) = together(train, tmp_path)
+    assert reports > 0
+    assert silence == 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
     one = metrics(alone.folder / "encoder.safetensors")
     assert [pytest.approx(row, rel=1e-3, abs=1e-3, nan_ok=True) for row in one] == metrics(out)
     start = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
     check_alike(Detector.load(out).encoder, alone.detector.encoder, start.encoder)
+    assert all(torch.equal(first[name], value) for name, value in Detector.load(out).encoder.state_dict().items())
 
 
 KILLED = """
