@@ -182,7 +182,8 @@ def train_encoder(
 
     usable = [study for study in split(studies, settings) if _for_encoder(study) and study.split in SIDES]
     with TrainingRun(run_folder(out, run_dir), "train encoder", settings.epochs, progress) as run:
-        sources = read_sources(usable, progress=run.report)
+        kept = slabs_dir or run.folder / "slabs"
+        sources = read_sources(usable, progress=run.report, cache_dir=kept)
         optimiser = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
         pretrained = hashlib.sha256(imagenet.read_bytes()).hexdigest() if imagenet else "none"
         former_weights = hashlib.sha256(start_from.read_bytes()).hexdigest() if start_from else "none"
@@ -190,7 +191,6 @@ def train_encoder(
         identity = training_identity(settings, network_shapes(start), sources, more)
         run.resume(identity, encoder, optimiser)
         if not run.state.published:
-            kept = slabs_dir or run.folder / "slabs"
             train, validation = (
                 prepared_slabs(sources, side, start.slabs, settings, kept, run.report, preparation) for side in SIDES
             )
@@ -272,13 +272,13 @@ def train_classifier(
     usable = [study for study in split(studies, settings) if study.label in LABELS and study.split in SIDES]
     check_labels(usable)
     with TrainingRun(run_folder(out, run_dir), "train classifier", settings.epochs, progress) as run:
-        sources = read_sources(usable, annotations=False, progress=run.report)
+        kept = cache_dir or run.folder / "features"
+        sources = read_sources(usable, annotations=False, progress=run.report, cache_dir=kept)
         optimiser = torch.optim.Adam(classifier.parameters(), lr=settings.learning_rate)
         more = {"encoder": encoder_key(base), "synthetic": str(synthetic)}
         identity = training_identity(settings, network_shapes(start), sources, more)
         run.resume(identity, classifier, optimiser)
         if not run.state.published:
-            kept = cache_dir or run.folder / "features"
             files = encode_sources(base.to(device), sources, kept, run.report, preparation)
             train, validation = (labelled_studies(usable, files, side) for side in SIDES)
             check_apart(train.files, validation.files)

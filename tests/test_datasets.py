@@ -238,6 +238,24 @@ def test_a_folder_of_files_is_known_by_all_of_its_bytes(tmp_path):
     assert len(known) == 3
 
 
+def test_files_that_nobody_touched_are_not_read_again_and_others_are(studies, tmp_path, monkeypatch):
+    path = tmp_path / "ct.nrrd"
+    path.write_bytes(studies[0].path.read_bytes())
+    os.utime(path, (1e9, 1e9))
+    study, cache = replace(studies[0], path=path, annotation=None), tmp_path / "cache"
+    first = read_sources([study], cache_dir=cache)[0].files_sha256
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", None)
+        assert read_sources([study], cache_dir=cache)[0].files_sha256 == first
+    path.write_bytes(path.read_bytes()[::-1])  # as long as before
+    second = read_sources([study], cache_dir=cache)[0].files_sha256
+    assert second != first
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=times)  # changed again at once: the time that the file shows is the same
+    assert read_sources([study], cache_dir=cache)[0].files_sha256 == first
+
+
 def test_preparing_goes_on_where_it_was_stopped_and_keeps_whole_files_only(studies, tmp_path):
     def stop(progress: Progress) -> None:
         if progress.done == 3:

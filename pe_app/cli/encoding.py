@@ -45,7 +45,7 @@ def encode(
         detector = Detector.load(model)  # on the GPU of this process
         if detector.card.encoder is None:
             raise InputError(f"model {model}: its encoder is not trained: train stage I first")
-        sources = read_sources(listed, annotations=False, progress=progress)
+        sources = read_sources(listed, annotations=False, progress=progress, cache_dir=cache)
         before = set(cache.glob(f"*-{encoder_key(detector)}.npy"))
         how = preparation(workers, cache_limit)
         files = encode_sources(detector, sources, cache, progress, how, refused.append)

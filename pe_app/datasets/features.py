@@ -77,7 +77,7 @@ def encode_studies(
     Raises:
         InputError: that names the study which cannot be used.
     """
-    sources = read_sources(studies, annotations=False, progress=progress)
+    sources = read_sources(studies, annotations=False, progress=progress, cache_dir=cache_dir)
     return tuple(file.path for file in encode_sources(detector, sources, cache_dir, progress))
 
 

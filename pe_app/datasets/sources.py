@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from pe_app import distributed
 from pe_app.annotation import SparseAnnotation
 from pe_app.errors import InputError
+from pe_app.files import write_durably
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.studies import Study
 from pe_app.volume_io import read_volume
@@ -44,10 +46,24 @@ class StudySource:
         return content.hexdigest()
 
 
+SETTLED_SECONDS = 2.0
+"""A file that was changed within that time might be changed again and still show the same time."""
+
+
 def read_sources(
-    studies: Sequence[Study], annotations: bool = True, progress: ProgressCallback = silent
+    studies: Sequence[Study],
+    annotations: bool = True,
+    progress: ProgressCallback = silent,
+    cache_dir: Path | None = None,
 ) -> tuple[StudySource, ...]:
     """Read the annotations of all studies and the identity of their images.
+
+    Args:
+        studies: any studies.
+        annotations: whether those are wanted.
+        progress: told before every study; may raise ``Cancelled``.
+        cache_dir: where the identity of files is remembered by their places, sizes and times, so that those of
+            thousands of studies are read once and not whenever a training goes on; by default all are read.
 
     Raises:
         InputError: that names the study whose files are missing or cannot be used.
@@ -59,7 +75,7 @@ def read_sources(
         progress(Progress("read the studies", number, len(studies), study.study))
         with naming(study):
             try:
-                return _files_sha256(study.path)
+                return _files_sha256(study.path, cache_dir)
             except OSError as error:
                 raise InputError(f"{study.path} cannot be read ({error.strerror}): correct the study list") from error
 
@@ -92,11 +108,20 @@ def _annotation(study: Study) -> SparseAnnotation | None:
         return SparseAnnotation.read(study.annotation, read_volume(study.path))
 
 
-def _files_sha256(path: Path) -> str:
+def _files_sha256(path: Path, cache_dir: Path | None) -> str:
     """SHA-256 of a file's bytes, or of all files of a folder in the order of their names."""
     files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    seen = [(str(entry.resolve()), entry.stat().st_size, entry.stat().st_mtime_ns) for entry in files]
+    note = None
+    if cache_dir is not None:
+        note = cache_dir / "files" / hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+        if note.is_file():
+            return note.read_text()
     content = hashlib.sha256()
     for entry in files:
         with entry.open("rb") as file:
             content.update(hashlib.file_digest(file, "sha256").digest())
+    last = max((changed for _, _, changed in seen), default=0)
+    if note is not None and time.time() - last / 1e9 > SETTLED_SECONDS:
+        write_durably(note, content.hexdigest())
     return content.hexdigest()
