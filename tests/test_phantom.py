@@ -5,6 +5,7 @@ reader of the files.
 """
 
 import csv
+from dataclasses import replace
 
 import nibabel as nib
 import nrrd
@@ -181,6 +182,20 @@ def test_emboli_are_of_all_places_and_in_different_arteries():
     assert 0.15 < np.mean([clot.occluded is not None for clot in clots]) < 0.6
     for clot in clots:
         assert 30 <= clot.hu <= 80
+
+
+def test_a_large_burden_lies_in_central_and_lobar_arteries_and_takes_a_fifth_of_their_lumen():
+    large = replace(SMALL, burden="large")
+    for seed in SEEDS:
+        positive, negative = (
+            make_phantom(np.random.default_rng(seed), large, with_clots) for with_clots in (True, False)
+        )
+        assert 3 <= len(positive.emboli) <= 5
+        assert {embolus.place for embolus in positive.emboli} <= {"saddle", "central", "lobar"}
+        clot = positive.emboli_mask.voxels > 0
+        worst = clot.sum((1, 2)).argmax()
+        assert clot[worst].sum() > 0.2 * negative.arteries.voxels[worst].sum()  # the same arteries, full of contrast
+        assert clot.sum() * np.prod(positive.volume.spacing_mm) > 5000
 
 
 def test_a_clot_that_does_not_occlude_stays_within_its_artery():

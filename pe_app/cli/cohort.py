@@ -12,6 +12,13 @@ from pe_app.cli.options import Model, StudyList, progress_bars
 from pe_app.errors import InputError
 
 
+class Burden(StrEnum):
+    """How much clot the simulated patients have."""
+
+    MIXED = "mixed"
+    LARGE = "large"
+
+
 def phantom(
     out: Annotated[Path, typer.Option(help="Folder for volumes, masks, annotations and studies.csv.")],
     studies: Annotated[int | None, typer.Option(min=1, help="How many; every other one has emboli. [default: 300 with "
@@ -23,6 +30,9 @@ def phantom(
                                                "[default: 512, 256 with --benchmark]")] = None,
     spacing_mm: Annotated[float | None, typer.Option(min=0.3, max=10, help="Between slices. [default: drawn as "
                                                      "hospitals do; 2.5 with --benchmark below 512]")] = None,
+    burden: Annotated[Burden, typer.Option(help="Emboli of every size, as a hospital sees them; or only large ones in "
+                                           "central and lobar arteries, as a first check that a detector finds what "
+                                           "nobody would miss.")] = Burden.MIXED,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core]")] = None,
 ) -> None:  # fmt: skip
     """Simulated enhanced chest CT with emboli of known place, annotated as a reader would, and their study list."""
@@ -34,6 +44,8 @@ def phantom(
     processes = workers or os.cpu_count() or 1
     if not benchmark and studies is None:
         raise InputError("how many studies? Say --studies 8, or --benchmark for the benchmark")
+    if benchmark and burden != Burden.MIXED:
+        raise InputError("the benchmark has emboli of every size: leave --burden out")
     with progress_bars() as progress:
         if benchmark:
             matrix = matrix or 256
@@ -41,7 +53,7 @@ def phantom(
             config = BenchmarkConfig((studies or 300) // 2, matrix=matrix, spacing_mm=spacing)
             study_list = write_benchmark(out, config, seed, progress, processes)
         else:
-            made = PhantomConfig(matrix=matrix or 512, spacing_mm=spacing_mm)
+            made = PhantomConfig(matrix=matrix or 512, spacing_mm=spacing_mm, burden=burden.value)
             study_list = write_phantom_studies(out, studies or 0, seed, made, progress, processes)
     typer.echo(f"Study list: {study_list}. Volumes to serve: {out / 'volumes'}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +14,36 @@ from pe_app.phantom.vessels import Points, Tree
 Place = Literal["saddle", "central", "lobar", "segmental", "subsegmental"]
 CLOT_HU = (30.0, 80.0)
 """Acute thrombus (30 to 80 HU): less than enhanced blood, more than water."""
-PLACES: dict[Place, float] = {"saddle": 0.07, "central": 0.2, "lobar": 0.27, "segmental": 0.33, "subsegmental": 0.13}
-"""How often each place is drawn where the vessels and voxels allow it."""
-COUNTS = (0.26, 0.24, 0.2, 0.13, 0.1, 0.07)
-"""Chance of 1, 2, ... 6 emboli."""
+
+
+@dataclass(frozen=True)
+class Burden:
+    """How much clot the patients have.
+
+    Attributes:
+        places: how often each place is drawn where the vessels and voxels allow it.
+        counts: chance of 1, 2, ... emboli.
+        saddle: least and largest radius of a saddle embolus over that of the arteries it lies in.
+        partial: the same of the other emboli that let contrast pass.
+    """
+
+    places: Mapping[Place, float]
+    counts: tuple[float, ...]
+    saddle: tuple[float, float]
+    partial: tuple[float, float]
+
+
+BurdenName = Literal["mixed", "large"]
+BURDENS: dict[BurdenName, Burden] = {
+    "mixed": Burden(
+        {"saddle": 0.07, "central": 0.2, "lobar": 0.27, "segmental": 0.33, "subsegmental": 0.13},
+        (0.26, 0.24, 0.2, 0.13, 0.1, 0.07),
+        (0.3, 0.52),
+        (0.42, 0.78),
+    ),
+    "large": Burden({"saddle": 0.4, "central": 0.35, "lobar": 0.25}, (0, 0, 0.3, 0.4, 0.3), (0.55, 0.75), (0.7, 0.85)),
+}
+"""Emboli of every size, as a hospital sees them; or several that nearly fill the central and lobar arteries."""
 
 
 @dataclass(frozen=True)
@@ -93,24 +120,27 @@ def clot_along(
     return axis + side * away[:, None], radius
 
 
-def place_clots(tree: Tree, rng: np.random.Generator, count: int, smallest_mm: float) -> list[Clot]:
-    """``count`` clots in different branches of an arterial tree, large and small mixed.
+def place_clots(
+    tree: Tree, rng: np.random.Generator, count: int, smallest_mm: float, burden: Burden = BURDENS["mixed"]
+) -> list[Clot]:
+    """``count`` clots in different branches of an arterial tree; fewer where there is no room for so many.
 
     Args:
         tree: the arteries.
         rng: source of chance.
         count: how many.
         smallest_mm: least radius of a clot that the voxels can show.
+        burden: where the clots lie, and how large they are.
     """
     clots: list[Clot] = []
     used: set[int] = set()
-    names = list(PLACES)
-    weights = np.array([PLACES[n] for n in names])
+    names = list(burden.places)
+    weights = np.array(list(burden.places.values()))
     for _ in range(12 * count):
         if len(clots) == count:
             break
         place = names[int(rng.choice(len(names), p=weights / weights.sum()))]
-        drawn = _saddle(tree, rng) if place == "saddle" else _in_branch(tree, rng, place, smallest_mm)
+        drawn = _saddle(tree, rng, burden) if place == "saddle" else _in_branch(tree, rng, place, smallest_mm, burden)
         if drawn is None or used & drawn[1]:
             continue
         clots.append(drawn[0])
@@ -118,7 +148,7 @@ def place_clots(tree: Tree, rng: np.random.Generator, count: int, smallest_mm: f
     return clots
 
 
-def _saddle(tree: Tree, rng: np.random.Generator) -> tuple[Clot, set[int]] | None:
+def _saddle(tree: Tree, rng: np.random.Generator, burden: Burden) -> tuple[Clot, set[int]] | None:
     """Across the bifurcation, a leg in each main artery."""
     right, left = (tree.branches[i] for i in tree.branches[0].children[:2])
     legs = []
@@ -127,11 +157,13 @@ def _saddle(tree: Tree, rng: np.random.Generator) -> tuple[Clot, set[int]] | Non
         legs.append((branch.points[:reach], branch.radius_mm[:reach]))
     points = np.concatenate([legs[0][0][::-1], legs[1][0][1:]])
     radius = np.concatenate([legs[0][1][::-1], legs[1][1][1:]])
-    shape = clot_along(points, radius, rng, rng.uniform(0.3, 0.52), rng.uniform(0, 0.5))
+    shape = clot_along(points, radius, rng, rng.uniform(*burden.saddle), rng.uniform(0, 0.5))
     return Clot("saddle", float(rng.uniform(*CLOT_HU)), *shape), {0, *tree.branches[0].children[:2]}
 
 
-def _in_branch(tree: Tree, rng: np.random.Generator, place: Place, smallest_mm: float) -> tuple[Clot, set[int]] | None:
+def _in_branch(
+    tree: Tree, rng: np.random.Generator, place: Place, smallest_mm: float, burden: Burden
+) -> tuple[Clot, set[int]] | None:
     fits = [
         i
         for i, b in enumerate(tree.branches)
@@ -148,7 +180,7 @@ def _in_branch(tree: Tree, rng: np.random.Generator, place: Place, smallest_mm: 
     if complete:
         fill, wall = 1.15, 0.0
     else:
-        fill = max(float(rng.uniform(0.42, 0.78)), min(smallest_mm / radius, 0.85))
+        fill = max(float(rng.uniform(*burden.partial)), min(smallest_mm / radius, 0.85))
         wall = float(rng.choice([0.0, rng.uniform(0.6, 1)]))
     shape = clot_along(points, radii, rng, fill, wall)
     if not complete and rng.random() < 0.4 and len(passed) > 1:  # a leg into the other child as well

@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 
 from pe_app.errors import InputError
 from pe_app.lungs import find_lungs
-from pe_app.phantom.emboli import CLOT_HU, COUNTS, Embolus, clot_along
+from pe_app.phantom.emboli import BURDENS, CLOT_HU, Embolus, clot_along
 from pe_app.phantom.scan import describe_emboli
 from pe_app.phantom.vessels import Points
 from pe_app.quality import blood_hu
@@ -91,7 +91,8 @@ def paint_emboli(
     mask = np.zeros(volume.shape, np.uint8)
     view, taken = mask[box], np.zeros_like(inside)
     drawn: list[tuple[str, float]] = []
-    wanted = count or 1 + int(rng.choice(len(COUNTS), p=COUNTS))
+    chances = BURDENS["mixed"].counts
+    wanted = count or 1 + int(rng.choice(len(chances), p=chances))
     for _ in range(wanted + TRIES):
         if len(drawn) == wanted:
             break

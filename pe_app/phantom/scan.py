@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pe_app.phantom.anatomy import LUNG_BOTTOM_MM, LUNG_TOP_MM, Field, Grain, Patient, Scan, layers, lung_depth
-from pe_app.phantom.emboli import COUNTS, Clot, Embolus, place_clots
+from pe_app.phantom.emboli import BURDENS, BurdenName, Clot, Embolus, place_clots
 from pe_app.phantom.raster import Grid, Tubes
 from pe_app.phantom.vessels import Points, Tree, Vessels, grow_vessels
 from pe_app.volume import PADDING_HU, Volume, axial_affine
@@ -33,10 +33,13 @@ class PhantomConfig:
     Attributes:
         matrix: rows and columns.
         spacing_mm: slice spacing; drawn at random where None.
+        burden: ``"mixed"``, 1 to 6 emboli of every size as a hospital sees them; or ``"large"``, 3 to 5 emboli that
+            nearly fill the central and lobar arteries.
     """
 
     matrix: int = 512
     spacing_mm: float | None = None
+    burden: BurdenName = "mixed"
 
     def __post_init__(self) -> None:
         if self.matrix < 64 or not (self.spacing_mm is None or 0.3 <= self.spacing_mm <= 10):
@@ -63,14 +66,14 @@ class Phantom:
 def make_phantom(
     rng: np.random.Generator, config: PhantomConfig, positive: bool, patient: Patient | None = None
 ) -> Phantom:
-    """A simulated contrast-enhanced chest CT; with 1 to 6 emboli in pulmonary arteries if ``positive``.
+    """A simulated contrast-enhanced chest CT; with emboli in pulmonary arteries if ``positive``.
 
     The same generator state gives the same study with and without emboli: everything but the clots is drawn from
     streams of its own.
 
     Args:
         rng: source of chance.
-        config: matrix and spacing.
+        config: matrix, spacing, how much clot.
         positive: whether emboli are added.
         patient: the same for two studies of one patient; drawn where None.
     """
@@ -86,10 +89,11 @@ def make_phantom(
     frame = _Frame(np.array(patient.scale), offset_mm)
     clots: list[Clot] = []
     if positive:
-        count = 1 + int(clot_rng.choice(len(COUNTS), p=COUNTS))
+        burden = BURDENS[config.burden]
+        count = 1 + int(clot_rng.choice(len(burden.counts), p=burden.counts))
         smallest_mm = max(0.75 * grid.pixel_mm, 0.3 * grid.spacing_mm)
         while not clots:  # a place may not exist in this tree: draw again
-            clots = place_clots(vessels.arteries, clot_rng, count, smallest_mm)
+            clots = place_clots(vessels.arteries, clot_rng, count, smallest_mm, burden)
 
     extras = _Extras.draw(body, vessels)
     tubes = _all_tubes(grid, frame, scan, vessels, extras)

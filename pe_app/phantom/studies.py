@@ -51,7 +51,7 @@ def write_phantom_studies(
         out: made where missing.
         studies: how many.
         seed: of everything.
-        config: matrix and spacing.
+        config: matrix, spacing, how much clot.
         progress: told after every study; may raise ``Cancelled``.
         workers: processes.
     """
