@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,8 +38,8 @@ from pe_app.training import (
     train_classifier,
     train_encoder,
 )
-from pe_app.training_loop import _estimate_statistics, _Judge, derived_seed, learning_rate
-from pe_app.training_run import TrainingRun
+from pe_app.training_loop import _Clock, _estimate_statistics, _Judge, derived_seed, learning_rate
+from pe_app.training_run import TrainingRun, metrics_csv
 from pe_app.volume_io import read_volume
 
 LEARNING = EncoderTraining(epochs=8, batch=8, learning_rate=2e-3, precision="float32")
@@ -322,6 +323,34 @@ def test_status_tells_a_finished_training(stage1):
     assert status["done"] == status["total"]
     assert [entry["epoch"] for entry in status["history"]] == list(range(1, 9))
     assert status["metrics"] == status["history"][-1]
+
+
+def test_the_share_of_time_without_data_is_measured_and_told(quick1, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("pe_app.training_loop.time.perf_counter", lambda: now[0])
+
+    def slow_batches():
+        for batch in range(3):
+            now[0] += 2
+            yield batch
+
+    clock = _Clock()
+    for _ in clock.waiting_for(slow_batches()):
+        now[0] += 6
+    assert (clock.seconds, clock.waiting) == (24, 0.25)
+    assert all(0 < row["waiting"] < 1 for row in quick1.rows)
+    assert "waiting" not in quick1.detector.card.encoder.metrics
+    told = [report.text for report in quick1.reports if report.task == "train encoder"]
+    assert all(re.search(r", waiting \d+%$", text) for text in told)
+
+
+def test_a_run_of_a_former_version_goes_on_in_a_table_of_whole_rows():
+    text = metrics_csv([{"epoch": 1, "seconds": 2.0}, {"epoch": 2, "seconds": 3.0, "waiting": 0.5}])
+    assert list(csv.reader(text.splitlines())) == [
+        ["epoch", "seconds", "waiting"],
+        ["1", "2.0", ""],
+        ["2", "3.0", "0.5"],
+    ]
 
 
 def test_progress_counts_the_steps_of_the_whole_training(quick1):
