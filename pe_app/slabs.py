@@ -26,6 +26,7 @@ ENCODER_STRIDE = 16
 MOST = 1000
 """Slabs, slices between them, slices in one: more is a damaged or hostile model file."""
 LARGEST_MATRIX = 2048
+LARGEST_HU = 32768.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class SlabConfig:
             raise ValueError(f"no study needs slabs of that number or size: {self}")
         if self.slices_per_slab % 2 == 0 or self.slab_spacing not in ("lung", "physical"):
             raise ValueError(f"a slab needs a middle slice and a spacing of 'lung' or 'physical', got {self}")
+        if not -LARGEST_HU <= self.hu_window[0] < self.hu_window[1] <= LARGEST_HU:
+            raise ValueError(f"the HU window goes from a lower to a higher value, got {self.hu_window}")
 
     @property
     def range_slices(self) -> int:

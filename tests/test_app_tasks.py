@@ -110,6 +110,7 @@ def task(tmp_path):
 def test_settings_are_the_papers_unless_the_server_or_the_request_say_otherwise(task):
     assert task.settings({})["learning_rate"] == 1e-4
     assert task.settings({})["epochs"] == 7
+    assert (task.settings({})["hu_low"], task.settings({})["hu_high"]) == (-1024, 500)
     assert task.settings({"epochs": 3.0, "augment": "true", "client_id": "x", "bundle_path": "/tmp"}) == {
         **task.settings({}),
         "epochs": 3,
@@ -119,7 +120,16 @@ def test_settings_are_the_papers_unless_the_server_or_the_request_say_otherwise(
 
 
 @pytest.mark.parametrize(
-    "said", [{"epochs": "many"}, {"epochs": 1.5}, {"width": 0}, {"augment": 3}, {"learning_rate": float("inf")}]
+    "said",
+    [
+        {"epochs": "many"},
+        {"epochs": 1.5},
+        {"width": 0},
+        {"augment": 3},
+        {"learning_rate": float("inf")},
+        {"hu_low": 600},
+        {"shift_cells": -1},
+    ],
 )
 def test_settings_that_cannot_be_used_are_named(task, said):
     with pytest.raises(InputError):

@@ -141,6 +141,12 @@ COUNTS = ({"slab_count": 10**9}, {"slab_count": 0}, {"slab_stride": -1}, {"slice
 SIZES = ({"matrix": 10**6}, {"spacing_mm": 0.0}, {"spacing_mm": float("nan")}, {"spacing_mm": 1e9})
 
 
+@pytest.mark.parametrize("window", [(500, -1024), (40, 40), (float("nan"), 500), (-1024, float("inf"))], ids=str)
+def test_a_window_without_values_between_its_ends_is_refused(window):
+    with pytest.raises(ValueError, match="from a lower to a higher"):
+        SlabConfig(hu_window=window)
+
+
 @pytest.mark.parametrize("size", [*COUNTS, *SIZES], ids=str)
 def test_settings_of_a_damaged_or_hostile_model_are_refused(size):
     with pytest.raises(ValueError, match="no study needs"):

@@ -103,6 +103,8 @@ def encoder(
     matrix: Annotated[int, typer.Option(min=32, help="Rows and columns every slice is resampled to.")] = 512,
     crop: Annotated[int, typer.Option(min=16, help="Centre crop, a multiple of 64.")] = 384,
     slab_count: Annotated[int, typer.Option(min=2, help="Slabs of a study.")] = 50,
+    hu_window: Annotated[tuple[float, float], typer.Option(help="HU that become black and white; a narrow window shows "
+                         "emboli in less time, and no lungs.")] = (-1024, 500),
     architecture: Architecture = Architecture.RESNET18,
     width: Annotated[int, typer.Option(min=1, help="Channels after the first convolution.")] = 64,
     filters: Annotated[int, typer.Option(min=1, help="Channels of stage II's states.")] = 96,
@@ -129,7 +131,9 @@ def encoder(
     from pe_app.study_classifier import ClassifierConfig
     from pe_app.training import EncoderTraining, train_encoder
 
-    slabs = SlabConfig(matrix=matrix, crop=crop, slab_count=slab_count, slab_spacing=slab_spacing.value)
+    slabs = SlabConfig(
+        matrix=matrix, crop=crop, slab_count=slab_count, slab_spacing=slab_spacing.value, hu_window=hu_window
+    )
     settings = EncoderTraining(
         epochs=epochs,
         batch=batch,

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from lib.models import Models
 
 from pe_app import distributed
-from pe_app.datasets import Preparation, encoder_key
+from pe_app.datasets import Augmentation, Preparation, encoder_key
 from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.files import write_durably
@@ -47,13 +47,16 @@ from pe_app.training_run import utc_now
 logger = logging.getLogger(__name__)
 
 KINDS: dict[str, tuple[type, ...]] = {
-    "encoder": (EncoderTraining, SlabConfig, EncoderConfig, ClassifierConfig, AttentionLoss),
+    "encoder": (EncoderTraining, SlabConfig, EncoderConfig, ClassifierConfig, AttentionLoss, Augmentation),
     "classifier": (ClassifierTraining,),
 }
 """The dataclasses whose plain fields can be set in each training; what else a client sends is ignored."""
 
 DERIVED = ("grid", "feature_channels")
 """Sizes of the classifier that follow from slabs and encoder."""
+
+WINDOW = ("hu_low", "hu_high")
+"""The two ends of the slabs' HU window, a setting each."""
 
 STOPPED = 3
 """Exit status of a training that was asked to stop."""
@@ -107,6 +110,8 @@ def stage_settings(stage: str, said: Mapping[str, object]) -> Settings:
     for kind in KINDS[stage]:
         plain |= {f.name: f.default for f in fields(kind) if isinstance(f.default, (bool, int, float, str))}
     plain = {name: default for name, default in plain.items() if name not in DERIVED}
+    if stage == "encoder":
+        plain |= zip(WINDOW, SlabConfig().hu_window, strict=True)
     settings = {name: _like(default, said.get(name, default), name) for name, default in plain.items()}
     for kind in KINDS[stage]:
         _make(kind, settings)
@@ -174,10 +179,11 @@ def train(folder: Path, stop: Stop) -> Detector:
 def _train_encoder(
     studies: tuple[Study, ...], settings: Settings, private: Path, folder: Path, report: ProgressCallback
 ) -> Detector:
+    parts = {"attention_loss": _make(AttentionLoss, settings), "augmentation": _make(Augmentation, settings)}
     return train_encoder(
         studies,
         private / "encoder.safetensors",
-        settings=_make(EncoderTraining, {**_reading_ahead(settings), "attention_loss": _make(AttentionLoss, settings)}),
+        settings=_make(EncoderTraining, {**_reading_ahead(settings), **parts}),
         slabs=_make(SlabConfig, settings),
         network=_make(EncoderConfig, settings),
         classifier=_make(ClassifierConfig, settings),
@@ -215,9 +221,11 @@ def _make(kind: type, settings: Settings) -> Any:
     names = {field.name for field in fields(kind)}
     chosen = {name: value for name, value in settings.items() if name in names}
     try:
+        if kind is SlabConfig:
+            chosen["hu_window"] = tuple(settings[name] for name in WINDOW)
         if kind is ClassifierConfig:
-            slabs = _make(SlabConfig, settings)
-            chosen |= {"grid": slabs.grid, "feature_channels": 8 * settings["width"]}
+            slabs, encoder = _make(SlabConfig, settings), _make(EncoderConfig, settings)
+            chosen |= {"grid": slabs.grid, "feature_channels": encoder.feature_channels}
         return kind(**chosen)
     except ValueError as error:
         raise InputError(str(error)) from error
