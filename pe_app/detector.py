@@ -362,8 +362,10 @@ class Detector:
     @torch.inference_mode()
     def attention(self, features: Tensor) -> NDArray[np.float32]:
         """Un-normalised attention maps ``(slabs, grid, grid)`` of features ``(slabs, channels, grid, grid)``."""
-        maps: NDArray[np.float32] = self.encoder.attention_map(features.float()).cpu().numpy()
-        return maps
+        # a slab at a time stays in the processor's cache
+        maps = torch.cat([self.encoder.attention_map(slab[None].float()) for slab in features])
+        values: NDArray[np.float32] = maps.cpu().numpy()
+        return values
 
     def refuse_unread(self, error: UnfitStudy) -> Detection:
         """The refusal of a study whose files are whole but make no CT that could be looked at."""

@@ -118,6 +118,20 @@ def test_a_step_that_does_not_exist_is_refused(series):
         run_bench(series, steps=["cook"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_gives_the_same_table_and_the_same_detection(series):
+    steps = [step for step in STEPS if step != "request"]
+    found = run_bench(series, torch.device("cuda"), steps, repeats=1).to_json()
+    assert found["machine"]["device"] == torch.cuda.get_device_name()
+    assert all(row["of_limit"] > 0 for row in found["steps"])
+    volume = read_volume(series)
+    plain = Detector.untrained()
+    plain.precision = "float32"
+    expected = plain.detect(volume).detection.probability
+    fast = Detector.untrained().to(torch.device("cuda")).detect(volume).detection
+    assert fast.probability == pytest.approx(expected, abs=0.01)
+
+
 SMALL_PENET = {
     stride: measure.PENetConfig(resize=40, crop=32, stride=stride, width=32, groups=16, blocks=(1, 1, 1, 1))
     for stride in (1, 24)

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from pe_app.detector import Detector, ModelCard, TrainingRecord
+from pe_app.detector import STARTER_MODEL, Detector, ModelCard, TrainingRecord
 from pe_app.errors import InputError
 from pe_app.phantom import PhantomConfig, make_phantom
 from pe_app.progress import Cancelled
@@ -82,6 +83,27 @@ def test_slab_probabilities_are_the_encoders_on_each_slab_alone(detector, volume
         alone = [float(detector.encoder(slab[None]).logits.softmax(1)[0, 1]) for slab in pixels]
     evidence = [slab.probability for slab in detector.detect(volume).detection.evidence]
     assert evidence == pytest.approx(alone, abs=1e-5)
+
+
+def test_bfloat16_says_the_same_as_float32_and_points_to_the_same_places():
+    """The whole networks of the model that ships, with fewer slabs; in its slice a place is known to one cell."""
+    phantom = make_phantom(np.random.default_rng(3), PhantomConfig(matrix=128, spacing_mm=5.0), positive=True)
+    whole = Detector.load(STARTER_MODEL).to(torch.device("cpu"))
+    whole.slabs = replace(whole.slabs, slab_count=8, slab_stride=25)
+    found = []
+    for precision in ("float32", "bfloat16"):
+        whole.precision = precision
+        found.append(whole.detect(phantom.volume).detection)
+    plain, fast = found
+    assert fast.probability == pytest.approx(plain.probability, abs=0.01)
+    assert [slab.probability for slab in fast.evidence] == pytest.approx(
+        [slab.probability for slab in plain.evidence], abs=0.01
+    )
+    assert plain.candidates
+    assert [one.slice_index for one in fast.candidates] == [one.slice_index for one in plain.candidates]
+    cell_mm = 16 * phantom.volume.spacing_mm[1] * 128 / 512
+    for one, other in zip(fast.candidates, plain.candidates, strict=True):
+        assert np.linalg.norm(np.subtract(one.centre_lps_mm, other.centre_lps_mm)[:2]) <= cell_mm
 
 
 def test_cancelling_stops_between_slabs(detector, volume):

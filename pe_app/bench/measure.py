@@ -203,7 +203,7 @@ class _Steps:
         self.series, self.folder, self.device, self.repeats = series, folder, device, repeats
         self.volume = read_volume(series)
         self.detector = (Detector.load(model) if (model := default_model()) else Detector.untrained()).to(device)
-        self.plain = Detector.untrained().to(torch.device("cpu"))
+        self.plain = Detector.untrained().to(device)
         self.plain.encoder.to(memory_format=torch.contiguous_format)
         with autocast(device):
             short = torch.is_autocast_enabled(device.type)
@@ -211,7 +211,7 @@ class _Steps:
         self.limits = Limits.measure(device, tuple({torch.float32, self.dtype}))
         self.lung = lung_range(self.volume)
         self.slabs = study_slabs(self.volume, self.lung, self.detector.slabs)
-        self.pixels = torch.from_numpy(self.slabs.pixels.copy())
+        self.pixels = torch.from_numpy(self.slabs.pixels.copy()).to(device)
         self._rows: dict[str, Step] = {}
 
     def row(self, step: str) -> Step:
@@ -269,7 +269,7 @@ class _Steps:
 
     def classify(self) -> Step:
         """Limit: as of ``encode``."""
-        features = self.features.float().cpu()[None]
+        features = self.features.float()[None]
 
         def plainly() -> None:
             with torch.inference_mode():
@@ -286,7 +286,7 @@ class _Steps:
         """Maps, candidates, coarse volume and JSON. Limit: the features read once."""
         results = [self.detector.detect(self.volume).detection for _ in range(2)]
         as_text = self._best(lambda: json.dumps(results[0].to_json()))
-        features = self.features.cpu()
+        features = self.features
 
         def plainly() -> None:
             textbook.attention_on_ct(self.plain.encoder, features, self.volume.shape)
@@ -314,7 +314,7 @@ class _Steps:
         names = [f"study{number}" for number in range(self.repeats + 1)]  # the server remembers what it has detected
         for number, name in enumerate(names):
             voxels = self.volume.voxels.copy()
-            voxels.flat[0] += number
+            voxels[0, 0, 0] = number
             write_volume(self.volume.with_voxels(voxels), studies / f"{name}.nii")
         with running_server(studies, self.folder / "server.log") as address:
             seconds = self._best(lambda: request_detection(address, names.pop()))
@@ -323,8 +323,8 @@ class _Steps:
     def train_encoder(self) -> Step:
         """A step of stage I. Limit: three times the forward operations."""
         slabs = self.pixels[torch.arange(BATCH) % len(self.pixels)]
-        labels = torch.arange(BATCH) % 2
-        targets = torch.zeros(BATCH, self.detector.slabs.grid, self.detector.slabs.grid)
+        labels = torch.arange(BATCH, device=self.device) % 2
+        targets = torch.zeros(BATCH, self.detector.slabs.grid, self.detector.slabs.grid, device=self.device)
         targets[labels > 0, 1:3, 1:3] = 1
         items = SlabItem(slabs, targets, labels, torch.zeros(BATCH, dtype=torch.long))
         encoder = Detector.untrained().to(self.device).encoder
@@ -349,8 +349,8 @@ class _Steps:
 
     def train_classifier(self) -> Step:
         """A step of stage II. Limit: three times the forward operations."""
-        features = self.features.cpu()[None].repeat(STUDIES, 1, 1, 1, 1)
-        labels = torch.arange(STUDIES) % 2
+        features = self.features[None].repeat(STUDIES, 1, 1, 1, 1)
+        labels = torch.arange(STUDIES, device=self.device) % 2
         classifier = Detector.untrained().to(self.device).classifier.train()
         ours, plain = (torch.optim.Adam(network.parameters()) for network in (classifier, self.plain.classifier))
         settings = ClassifierTraining()
@@ -383,7 +383,7 @@ class _Steps:
             hu = textbook.read_series(self.series)
             volume = Volume(hu.astype(np.float32), self.volume.affine, "bench")
             slabs = textbook.prepare(volume, textbook.find_lungs(hu), self.detector.slabs)
-            features, _ = textbook.encode(self.plain.encoder, torch.from_numpy(slabs))
+            features, _ = textbook.encode(self.plain.encoder, torch.from_numpy(slabs).to(self.device))
             torch.save(features, self.folder / "features.pt")
 
         parts = [self.row(name) for name in ("read", "lungs", "prepare", "encode")]

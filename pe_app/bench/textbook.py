@@ -79,7 +79,7 @@ def attention_on_ct(encoder: SlabEncoder, features: Tensor, shape: tuple[int, in
     leaf = features.detach().float().requires_grad_()
     maps = normalised(grad_cam(encoder, leaf, encoder.logits(leaf), learning=False))
     full = F.interpolate(maps[None, None], shape, mode="trilinear")[0, 0]
-    return (255 * full).byte().numpy()
+    return (255 * full).byte().cpu().numpy()
 
 
 def encoder_step(
