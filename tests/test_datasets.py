@@ -9,6 +9,7 @@ import torch
 from small_studies import CLASSIFIER, ENCODER, LUNG, SLABS, small_chest, small_studies
 
 from pe_app.annotation import ReviewedSlice, SparseAnnotation
+from pe_app.cli.options import preparation
 from pe_app.datasets import (
     AnnotatedSlabs,
     Augmentation,
@@ -496,10 +497,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_processes_prepare_what_one_would(tmp_path, detector):
     sources = read_sources(small_studies(tmp_path / "studies", count=8))
-    for folder, preparation in (("one", Preparation()), ("two", Preparation(workers=2))):
-        slabs = prepare_slabs(sources, SLABS, tmp_path / folder, preparation=preparation)
+    for folder, how in (("one", Preparation()), ("two", Preparation(workers=2))):
+        slabs = prepare_slabs(sources, SLABS, tmp_path / folder, preparation=how)
         assert [file.study for file in slabs.files] == [source.study.study for source in sources]
-        files = encode_sources(detector, sources, tmp_path / f"{folder} encoded", preparation=preparation)
+        files = encode_sources(detector, sources, tmp_path / f"{folder} encoded", preparation=how)
         assert [file.study for file in files] == [source.study.study for source in sources]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert contents(tmp_path / "one encoded") == contents(tmp_path / "two encoded")
@@ -523,6 +524,17 @@ def test_what_would_go_beyond_the_limit_is_refused_before_anything_is_made(studi
     assert len(encode_sources(detector, sources[:2], tmp_path, preparation=Preparation(limit_bytes=1))) == 2
     enough = Preparation(limit_bytes=there + 4 * size)
     assert len(encode_sources(detector, sources, tmp_path, preparation=enough)) == 6
+
+
+@pytest.mark.parametrize(("said", "limit"), [("", None), ("500MB", 500e6), ("200GB", 200e9), ("1.5 tb", 1.5e12)])
+def test_the_limit_is_said_as_people_say_sizes(said, limit):
+    assert preparation(3, said) == Preparation(3, limit)
+
+
+@pytest.mark.parametrize("said", ["200", "lots", "-1GB", "GB"])
+def test_a_limit_that_is_no_size_is_refused(said):
+    with pytest.raises(InputError, match="expected a size such as"):
+        preparation(None, said)
 
 
 def test_what_does_not_find_room_on_the_disk_is_refused_before_anything_is_made(studies, tmp_path, monkeypatch):

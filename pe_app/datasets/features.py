@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pe_app.datasets.cache import IN_THIS_PROCESS, Entry, Preparation, PreparedFile, image_of, prepare
+from pe_app.datasets.cache import IN_THIS_PROCESS, Entry, Preparation, PreparedFile, holds, image_of, prepare
 from pe_app.datasets.sources import StudySource, read_sources
 from pe_app.detector import Detector
 from pe_app.errors import InputError
@@ -106,8 +106,10 @@ def encode_sources(
 
     def encode(entry: Entry, read: tuple[str, Slabs, Tensor], report: ProgressCallback) -> PreparedFile:
         image, slabs, pixels = read
-        features, _ = detector.encode(replace(slabs, pixels=pixels.numpy()), report)
         file = entry.file(image)
+        if holds(file.path, half, shape):  # the same voxels in another file
+            return file
+        features, _ = detector.encode(replace(slabs, pixels=pixels.numpy()), report)
         with replacing(file.path) as temporary:
             np.save(temporary, features.cpu().numpy())
         return file
