@@ -33,6 +33,8 @@ from pe_app.volume_io import read_volume
 
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -219,7 +221,7 @@ def torchrun(*words: object, **environment: str) -> subprocess.CompletedProcess[
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
     paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
