@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
 from pe_app.errors import InputError
@@ -43,7 +45,11 @@ def joined() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    store, number, count = next(rendezvous("env://", timeout=PATIENCE))
+    # torchrun keeps its store when it starts all again, with the addresses of those that have ended
+    again = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=again, rank=number, world_size=count, timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error: the others may not come here any more
 

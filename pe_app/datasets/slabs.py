@@ -66,10 +66,14 @@ class AnnotatedSlabs(Dataset[SlabItem]):
 
     def __init__(self, files: Sequence[PreparedFile]) -> None:
         self.files = tuple(files)
-        records = [np.load(file.path, mmap_mode="r") for file in files]
-        self.labels: NDArray[np.uint8] = np.concatenate([record["label"] for record in records])
-        self.slices: NDArray[np.int32] = np.concatenate([record["slice"] for record in records])
-        self.places = [(file, row) for file, rows in enumerate(records) for row in range(len(rows))]
+        labels, slices, self.places = [], [], []
+        for number, file in enumerate(files):  # one after the other: mapped pages count as memory of this process
+            records = np.load(file.path, mmap_mode="r")
+            labels.append(np.array(records["label"]))
+            slices.append(np.array(records["slice"]))
+            self.places += [(number, row) for row in range(len(records))]
+        self.labels: NDArray[np.uint8] = np.concatenate(labels)
+        self.slices: NDArray[np.int32] = np.concatenate(slices)
 
     def __len__(self) -> int:
         return len(self.places)
