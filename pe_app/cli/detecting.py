@@ -20,6 +20,8 @@ from pe_app.cli.options import (
     Limits,
     Model,
     PasswordFile,
+    Precision,
+    PrecisionChoice,
     Refuse,
     archive_access,
     progress_bars,
@@ -51,6 +53,7 @@ def detect(
     accept: Accept = None,
     refuse: Refuse = None,
     limits: Limits = None,
+    precision: Precision = PrecisionChoice.AUTO,
     dicom: Dicom = False,
     send: Send = "",
     user: ArchiveUser = "",
@@ -71,7 +74,7 @@ def detect(
         raise InputError("--series chooses a series of one study: give that study alone")
     publish = dicom_publisher(dicom, archive_access(send, user, password_file, ca) if send else None)
     chosen = model or default_model()
-    detector = Detector.load(chosen) if chosen else Detector.untrained()
+    detector = (Detector.load(chosen) if chosen else Detector.untrained()).use(precision.value)
     detector.limits = read_limits(limits, accept or (), refuse or ())
     if found.single:
         _one(found.studies[0], detector, out, series, publish, as_json=as_json, full_resolution=full_resolution)
