@@ -19,11 +19,11 @@ import typer
 import pe_app
 from pe_app.cli.options import progress_bars
 from pe_app.datasets import Augmentation
-from pe_app.detector import ModelCard
+from pe_app.detector import Detector, ModelCard
 from pe_app.starter.cells import CellTraining, train_cells
 from pe_app.starter.figures import held_out_figures
 from pe_app.starter.twins import painted_twins, phantom_twins, slice_twins, write_all
-from pe_app.studies import write_studies
+from pe_app.studies import Study, write_studies
 from pe_app.training import ClassifierTraining, EncoderTraining, train_classifier, train_encoder
 
 changed = partial(Augmentation, flip=True, shift_cells=2, jitter_hu=30)
@@ -40,7 +40,9 @@ class Recipe:
         slice_variations: of each real single slice, likewise; they teach stage I only. Every fourth slice validates.
         held_out: simulated patients, and variations of each held-out background, that are only looked at in the end.
         cells: what a clot looks like, before stage I.
-        stages: stage I: on windows, then on whole slabs.
+        stages: stage I on twins: on windows, then on whole slabs.
+        everywhere: stage I in the end, half of the slabs without emboli from anywhere in the lungs: twins are alike at
+            the heights of emboli only, and say nothing of what lies above and below.
         classifier: stage II.
     """
 
@@ -55,6 +57,9 @@ class Recipe:
             TWINS, epochs=4, batch=6, learning_rate=3e-4, attention_weight=0.5, augmentation=changed(window_cells=12)
         ),
         replace(TWINS, epochs=2, batch=3, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()),
+    )
+    everywhere: EncoderTraining = replace(
+        TWINS, twins=False, epochs=1, batch=6, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()
     )
     classifier: ClassifierTraining = field(
         default_factory=lambda: ClassifierTraining(epochs=6, batch=4, learning_rate=3e-4, schedule="cosine", seed=1)
@@ -87,9 +92,8 @@ def main(
 
         whole = [study for source, pair in pairs if source.whole for study in pair]
         write_studies(whole, work / "studies.csv")
-        # Without a label the slices of a study without emboli come from its marks only, at the levels of the emboli.
-        marked = [replace(study, label="" if study.label == "negative" else study.label)
-                  for _, pair in pairs for study in pair]  # fmt: skip
+        marked = [_by_marks_only(study) for _, pair in pairs for study in pair]
+        labelled = [study if source.whole else _by_marks_only(study) for source, pair in pairs for study in pair]
         many: dict[str, list[Path]] = {"train": [], "validation": []}
         for source in sources:
             slabs = work / "studies" / "slabs" / f"{source.name}.npy"
@@ -100,6 +104,11 @@ def main(
         for number, settings in enumerate(recipe.stages, start=1):
             former, encoder = encoder, work / f"encoder_{number}.safetensors"
             train_encoder(marked, encoder, settings=settings, start_from=former, synthetic=True, progress=progress)
+        former, encoder = encoder, work / "encoder.safetensors"
+        train_encoder(
+            labelled, encoder, settings=recipe.everywhere, start_from=former, synthetic=True, progress=progress
+        )
+        _slices_apart_as_in_stage_one(encoder)
         detector = train_classifier(
             whole, encoder, both, settings=recipe.classifier, synthetic=True, cache_dir=work / "features",
             progress=progress,
@@ -113,6 +122,18 @@ def main(
     detector.card = ModelCard("starter", pe_app.__version__, detector.card.encoder, record)
     detector.save(out, half=True)
     typer.echo(json.dumps(figures, indent=1))
+
+
+def _by_marks_only(study: Study) -> Study:
+    """Without its label the slabs of a study without emboli come from its marks, at the levels of its twin's emboli."""
+    return replace(study, label="" if study.label == "negative" else study.label)
+
+
+def _slices_apart_as_in_stage_one(model: Path) -> None:
+    """Slabs of whole studies get slices 2.5 mm apart: so stage I, which learned from those, says most of them."""
+    detector = Detector.load(model)
+    detector.slabs = replace(detector.slabs, slab_spacing="physical")
+    detector.save(model)
 
 
 if __name__ == "__main__":
