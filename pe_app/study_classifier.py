@@ -13,6 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+OPEN = 3.0
+"""Bias of a gate that is nearly open; its negative nearly shuts one."""
+
+EVIDENCE_WEIGHT = 3.0
+"""Of the mean evidence in the logit, where a classifier starts from evidence."""
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -67,6 +73,28 @@ class StudyClassifier(nn.Module):
         seen = self.dropout(x.mean(1).flatten(1))
         logits: Tensor = (seen * self.fc.weight[0]).sum(1) + self.fc.bias  # a product that autocast does not shorten
         return logits
+
+    @torch.no_grad()
+    def start_from_evidence(self, weight: Tensor, threshold: float, clear: float) -> None:
+        """Begin with a classifier that averages stage I's evidence over the study instead of knowing nothing [ours].
+
+        One filter of every ConvLSTM passes on how far a cell's evidence ``weight f`` lies above the threshold, and the
+        head adds these up. All else keeps its random weights, the head's a tenth of them.
+
+        Args:
+            weight: ``(feature_channels,)``, stage I's ``w_embolism - w_none``.
+            threshold: of a cell's evidence, above which little lies in studies without embolism.
+            clear: a higher value, that a clear embolism reaches.
+        """
+        weight, offset = weight / (clear - threshold), -threshold / (clear - threshold)
+        for lstm in (module for module in self.modules() if isinstance(module, ConvLSTM)):
+            lstm.pass_on(weight, offset)
+            ways = len(lstm.directions)  # the next one reads the first filter of each of them
+            weight, offset = torch.zeros(ways * self.config.filters), 0.0
+            weight[:: self.config.filters] = 1 / ways
+        positions = (self.config.grid // 4) ** 2
+        self.fc.weight *= 0.1
+        self.fc.weight[0].view(-1, positions)[:: self.config.filters] = EVIDENCE_WEIGHT / positions
 
 
 class ConvLSTM(nn.Module):
@@ -135,6 +163,24 @@ class ConvLSTM(nn.Module):
             state = read * cell.tanh()
             states.append(state)
         return torch.stack(states if direction == "ascending" else states[::-1], 1)
+
+    @torch.no_grad()
+    def pass_on(self, weight: Tensor, offset: float) -> None:
+        """Let the first filter of each direction show ``tanh(weight x + offset)`` of every place, without memory.
+
+        Args:
+            weight: ``(channels,)``.
+            offset: added before the hyperbolic tangent.
+        """
+        ways, kernel = len(self.directions), self.input_gates.weight.shape[1:]
+        filters = self.norm.num_features // ways
+        gates = self.input_gates.weight.view(ways, 4, filters, *kernel)
+        gates[:, :, 0] = 0
+        gates[:, 3, 0, :, 1, 1] = weight
+        bias = torch.tensor([OPEN, -OPEN, OPEN, offset])  # write, forget, read, candidate
+        self.input_gates.bias.view(ways, 4, filters)[:, :, 0] = bias  # type: ignore[union-attr]
+        for direction in self.directions:
+            self.state_gates[direction].weight.view(4, filters, filters, 3, 3)[:, 0] = 0  # type: ignore[operator]
 
     def _channel_mask(self, like: Tensor, channels: int) -> Tensor:
         """``(batch, channels, 1, 1)``: 0 for dropped channels, ``1 / (1 - dropout)`` for the others."""

@@ -112,7 +112,12 @@ class EncoderTraining:
 
 @dataclass(frozen=True)
 class ClassifierTraining:
-    """How stage II is trained. The defaults are the paper's (section 3.1); the fields are those of stage I."""
+    """How stage II is trained. The defaults are the paper's (section 3.1); fields are as in stage I, and one more.
+
+    Attributes:
+        evidence_start: begin with a classifier that averages stage I's evidence instead of one that knows nothing,
+            where studies are too few to learn anew what stage I knows already [ours].
+    """
 
     learning_rate: float = 1e-4
     batch: int = 32
@@ -120,6 +125,7 @@ class ClassifierTraining:
     validation_fraction: float = 0.2
     schedule: Schedule = "constant"
     fresh_statistics: bool = False
+    evidence_start: bool = False
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 0
@@ -282,6 +288,9 @@ def train_classifier(
             files = encode_sources(base.to(device), sources, kept, run.report, preparation)
             train, validation = (labelled_studies(usable, files, side) for side in SIDES)
             check_apart(train.files, validation.files)
+            if settings.evidence_start and not run.state.history:
+                none, embolism = base.encoder.fc.weight.detach().cpu()
+                classifier.start_from_evidence(embolism - none, *train.evidence_scale(embolism - none))
 
             def score(items: StudyItem, _: torch.Generator | None) -> Columns:
                 return score_studies(classifier, items, settings)

@@ -179,6 +179,10 @@ def classifier(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
     schedule: Annotated[LearningRate, typer.Option(help="Of the learning rate.")] = LearningRate.CONSTANT,
     fresh_statistics: Statistics = False,
+    evidence_start: Annotated[
+        bool,
+        typer.Option("--evidence-start", help="Begin with averaging stage I's evidence: for few studies."),
+    ] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Features, as 'encode' makes them. [default: in the run folder]")
     ] = None,
@@ -203,6 +207,7 @@ def classifier(
         learning_rate=learning_rate,
         schedule=schedule.value,
         fresh_statistics=fresh_statistics,
+        evidence_start=evidence_start,
         precision=precision.value,
         workers=reading_ahead(workers),
         seed=seed,

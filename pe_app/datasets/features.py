@@ -56,6 +56,29 @@ class StudyFeatures(Dataset[StudyItem]):
         features = np.load(self.files[index].path, mmap_mode="r")
         return StudyItem(torch.from_numpy(np.array(features)), torch.tensor(int(self.labels[index])))
 
+    def evidence_scale(self, weight: Tensor, most: int = 32) -> tuple[float, float]:
+        """Between what values of ``weight f`` cells of these studies begin to look like embolism and clearly do.
+
+        Args:
+            weight: ``(channels,)``, stage I's ``w_embolism - w_none``.
+            most: studies of each label that are looked at.
+
+        Returns:
+            the value that one in 200 cells of negative studies exceeds, and the median of the positive studies' maxima,
+            which is larger.
+        """
+        negative, positive = (
+            [self._evidence(int(index), weight) for index in np.flatnonzero(self.labels == label)[:most]]
+            for label in (0, 1)
+        )
+        threshold = float(np.quantile(np.concatenate(negative), 0.995))
+        clear = float(np.median([evidence.max() for evidence in positive]))
+        return threshold, max(clear, threshold + 0.1 * abs(threshold) + 1e-6)
+
+    def _evidence(self, index: int, weight: Tensor) -> NDArray[np.float32]:
+        features = np.load(self.files[index].path, mmap_mode="r")
+        return np.concatenate([np.tensordot(weight.numpy(), slab.astype(np.float32), 1).ravel() for slab in features])
+
 
 def encode_studies(
     detector: Detector, studies: Sequence[Study], cache_dir: Path, progress: ProgressCallback = silent

@@ -28,6 +28,9 @@ from pe_app.training import ClassifierTraining, EncoderTraining, train_classifie
 
 changed = partial(Augmentation, flip=True, shift_cells=2, jitter_hu=30)
 TWINS = EncoderTraining(twins=True, fresh_statistics=True, schedule="cosine", augment=True, seed=1)
+EVERYWHERE = replace(
+    TWINS, twins=False, epochs=1, batch=6, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,11 @@ class Recipe:
         ),
         replace(TWINS, epochs=2, batch=3, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()),
     )
-    everywhere: EncoderTraining = replace(
-        TWINS, twins=False, epochs=1, batch=6, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()
-    )
+    everywhere: EncoderTraining = EVERYWHERE
     classifier: ClassifierTraining = field(
-        default_factory=lambda: ClassifierTraining(epochs=6, batch=4, learning_rate=3e-4, schedule="cosine", seed=1)
+        default_factory=lambda: ClassifierTraining(
+            epochs=6, batch=4, learning_rate=3e-4, schedule="cosine", fresh_statistics=True, evidence_start=True, seed=1
+        )
     )
 
 
