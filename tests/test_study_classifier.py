@@ -196,6 +196,40 @@ def test_every_parameter_learns():
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_a_filter_that_passes_on_shows_its_own_place_and_keeps_a_twentieth_of_what_was():
+    lstm = small_lstm(DIRECTIONS).float()
+    weight = torch.tensor([0.5, -1.0, 2.0])
+    lstm.pass_on(weight, -0.3)
+    sequence = torch.randn(1, 4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    shown = lstm(sequence)[0, :, ::4, 3, 2].detach()  # the first of 4 filters of each direction
+    evidence = torch.tanh(sequence[0, :, :, 3, 2] @ weight - 0.3)
+    for direction, order in enumerate(([0, 1, 2, 3], [3, 2, 1, 0])):
+        cell = torch.zeros(())
+        for position in order:
+            cell = torch.sigmoid(torch.tensor(-3.0)) * cell + torch.sigmoid(torch.tensor(3.0)) * evidence[position]
+            state = torch.sigmoid(torch.tensor(3.0)) * torch.tanh(cell)
+            assert shown[position, direction] == pytest.approx(float(state / (1 + 1e-5) ** 0.5), abs=1e-5)
+
+
+@pytest.mark.parametrize("directions", ["parallel", "serial"])
+def test_a_classifier_that_starts_from_evidence_ranks_studies_by_how_much_of_it_they_hold(directions):
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        classifier = StudyClassifier(ClassifierConfig(6, 8, 4, directions)).eval()
+        weight = torch.randn(6, generator=draw)
+        classifier.start_from_evidence(weight, threshold=1.0, clear=3.0)
+        amounts = [0, 1, 2, 4, 8]
+        studies = torch.zeros(len(amounts), 10, 6, 8, 8)
+        for study, amount in zip(studies, amounts, strict=True):
+            for place in torch.randperm(10 * 4 * 4, generator=draw)[
+                :amount
+            ].tolist():  # each in a pooled cell of its own
+                study[place // 16, :, 2 * (place // 4 % 4), 2 * (place % 4)] = 4 * weight / (weight @ weight)
+        logits = classifier(studies).tolist()
+        assert sorted(logits) == logits
+
+
 def test_cached_float16_features_are_read_as_they_are():
     torch.manual_seed(0)
     classifier = StudyClassifier(SMALL).eval()
