@@ -41,8 +41,11 @@ class TrivialApp(MONAILabelApp):
     def init_strategies(self):
         return {}
 """
-STOCK = "import pe_monailabel, lib.compat; from monailabel.main import Main; Main().run()"
-"""MONAI Label 0.8.5 does not start with pydicom 3: with what the app does about it, and no more."""
+STOCK = """import sys, types
+sys.modules["pydicom_seg"] = types.ModuleType("pydicom_seg")
+from monailabel.main import Main
+Main().run()"""
+"""MONAI Label 0.8.5 does not start with pydicom 3 otherwise."""
 
 BIN = Path(sys.executable).parent
 
