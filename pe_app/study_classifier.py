@@ -16,8 +16,12 @@ from torch import Tensor, nn
 OPEN = 3.0
 """Bias of a gate that is nearly open; its negative nearly shuts one."""
 
-EVIDENCE_WEIGHT = 3.0
-"""Of the mean evidence in the logit, where a classifier starts from evidence."""
+RARE, SLOPE = 20.0, 0.1
+"""Where a classifier starts from evidence, later units pass on what is so many standard deviations above the mean, about
+as high as the few cells that show an embolism lie, and how steeply."""
+
+EVIDENCE_WEIGHT, EVIDENCE_OFFSET = 15.0, -1.2
+"""Of the mean evidence in the logit; the offset puts the border between the two halves of simulated studies."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,12 @@ class StudyClassifier(nn.Module):
         for lstm in (module for module in self.modules() if isinstance(module, ConvLSTM)):
             lstm.pass_on(weight, offset)
             ways = len(lstm.directions)  # the next one reads the first filter of each of them
-            weight, offset = torch.zeros(ways * self.config.filters), 0.0
-            weight[:: self.config.filters] = 1 / ways
+            weight, offset = torch.zeros(ways * self.config.filters), -SLOPE * RARE
+            weight[:: self.config.filters] = SLOPE / ways
         positions = (self.config.grid // 4) ** 2
         self.fc.weight *= 0.1
-        self.fc.weight[0].view(-1, positions)[:: self.config.filters] = EVIDENCE_WEIGHT / positions
+        self.fc.weight[0].view(-1, positions)[:: self.config.filters] = EVIDENCE_WEIGHT / (positions * ways)
+        self.fc.bias.fill_(EVIDENCE_OFFSET)
 
 
 class ConvLSTM(nn.Module):

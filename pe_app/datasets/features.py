@@ -64,14 +64,14 @@ class StudyFeatures(Dataset[StudyItem]):
             most: studies of each label that are looked at.
 
         Returns:
-            the value that one in 200 cells of negative studies exceeds, and the median of the positive studies' maxima,
+            the value that one in 5,000 cells of negative studies exceeds (6 of a study's), and the median of the positive studies' maxima,
             which is larger.
         """
         negative, positive = (
             [self._evidence(int(index), weight) for index in np.flatnonzero(self.labels == label)[:most]]
             for label in (0, 1)
         )
-        threshold = float(np.quantile(np.concatenate(negative), 0.995))
+        threshold = float(np.quantile(np.concatenate(negative), 0.9998))
         clear = float(np.median([evidence.max() for evidence in positive]))
         return threshold, max(clear, threshold + 0.1 * abs(threshold) + 1e-6)
 

@@ -64,7 +64,7 @@ class Recipe:
     everywhere: EncoderTraining = EVERYWHERE
     classifier: ClassifierTraining = field(
         default_factory=lambda: ClassifierTraining(
-            epochs=6, batch=4, learning_rate=3e-4, schedule="cosine", fresh_statistics=True, evidence_start=True, seed=1
+            epochs=2, batch=4, learning_rate=3e-5, schedule="cosine", fresh_statistics=True, evidence_start=True, seed=1
         )
     )
 
