@@ -17,8 +17,8 @@ OPEN = 3.0
 """Bias of a gate that is nearly open; its negative nearly shuts one."""
 
 RARE, SLOPE = 20.0, 0.1
-"""Where a classifier starts from evidence, later units pass on what is so many standard deviations above the mean, about
-as high as the few cells that show an embolism lie, and how steeply."""
+"""Where a classifier starts from evidence: so many standard deviations above the mean lies what later units pass on,
+about as high as the few cells that show an embolism; and how steeply they do."""
 
 EVIDENCE_WEIGHT, EVIDENCE_OFFSET = 15.0, -1.2
 """Of the mean evidence in the logit; the offset puts the border between the two halves of simulated studies."""

@@ -216,7 +216,7 @@ def test_a_classifier_that_starts_from_evidence_ranks_studies_by_how_much_of_it_
     for seed in range(5):
         draw = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        classifier = StudyClassifier(ClassifierConfig(6, 8, 4, directions)).eval()
+        classifier = StudyClassifier(ClassifierConfig(6, 8, 4, directions, channel_dropout=0, head_dropout=0))
         weight = torch.randn(6, generator=draw)
         classifier.start_from_evidence(weight, threshold=1.0, clear=3.0)
         amounts = [0, 1, 2, 4, 8]

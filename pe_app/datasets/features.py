@@ -64,8 +64,8 @@ class StudyFeatures(Dataset[StudyItem]):
             most: studies of each label that are looked at.
 
         Returns:
-            the value that one in 5,000 cells of negative studies exceeds (6 of a study's), and the median of the positive studies' maxima,
-            which is larger.
+            the value that one in 5,000 cells of negative studies exceeds (6 of a study's), and the median of the
+            positive studies' maxima, which is larger.
         """
         negative, positive = (
             [self._evidence(int(index), weight) for index in np.flatnonzero(self.labels == label)[:most]]
