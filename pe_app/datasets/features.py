@@ -27,6 +27,9 @@ from pe_app.slabs import SlabConfig, Slabs, study_slabs
 from pe_app.studies import Study
 from pe_app.volume_io import read_volume
 
+STRAY_CELLS = 6
+"""Cells of a study without embolism that may look like it, of 28,800."""
+
 
 class StudyItem(NamedTuple):
     """One study of stage II: features ``(slabs, channels, grid, grid)`` float16 and label, 1 for positive."""
@@ -64,14 +67,14 @@ class StudyFeatures(Dataset[StudyItem]):
             most: studies of each label that are looked at.
 
         Returns:
-            the value that one in 5,000 cells of negative studies exceeds (6 of a study's), and the median of the
-            positive studies' maxima, which is larger.
+            the value that ``STRAY_CELLS`` of a negative study exceed on average, and the median of the positive
+            studies' maxima, which is larger.
         """
         negative, positive = (
             [self._evidence(int(index), weight) for index in np.flatnonzero(self.labels == label)[:most]]
             for label in (0, 1)
         )
-        threshold = float(np.quantile(np.concatenate(negative), 0.9998))
+        threshold = float(np.quantile(negative, 1 - STRAY_CELLS / len(negative[0])))
         clear = float(np.median([evidence.max() for evidence in positive]))
         return threshold, max(clear, threshold + 0.1 * abs(threshold) + 1e-6)
 
