@@ -10,6 +10,7 @@ import torch
 
 from pe_app.detection import find_candidates
 from pe_app.detector import Detector
+from pe_app.errors import InputError
 from pe_app.lungs import SliceRange, lung_range
 from pe_app.progress import Progress, ProgressCallback
 from pe_app.roc import auc
@@ -65,5 +66,9 @@ def held_out_figures(
 
 def _lung_range(volume: Volume) -> SliceRange:
     """The lungs; all slices where hardly any are found, as in the middle of a chest that was cut out of it."""
-    found = lung_range(volume)
-    return found if found.last - found.first > volume.shape[0] / 2 else SliceRange(0, volume.shape[0] - 1)
+    every = SliceRange(0, volume.shape[0] - 1)
+    try:
+        found = lung_range(volume)
+    except InputError:
+        return every
+    return found if found.last - found.first > volume.shape[0] / 2 else every
