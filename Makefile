@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test campaign install lint starter-model clean
+.PHONY: demo test loop campaign install lint starter-model clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ test: install lint
 # e.g. make campaign CAMPAIGN="--minutes 2 --seed 5 --part disk"
 campaign: install
 	PYTHONPATH=tests $(BIN)/python -m campaign $(CAMPAIGN)
+
+# The loop on the program's own phantoms through the real server: two trainings, minutes.
+loop: install
+	$(BIN)/python -m pytest -s -m slow tests/test_loop_phantoms.py
 
 lint: install
 	$(BIN)/ruff check .
