@@ -87,7 +87,8 @@ class SlabEncoder(nn.Module):
             self.layer4 = nn.Sequential(Block(4 * width, 8 * width), Block(8 * width, 8 * width))
         self.fc = nn.Linear(config.feature_channels, 2)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # a network that waits for a file's weights has none to fill, and torch would load its compiler for it
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # He et al. 2015
 
     def forward(self, slabs: Tensor) -> EncodedSlabs:

@@ -126,6 +126,8 @@ class ConvLSTM(nn.Module):
             {direction: nn.Conv2d(filters, 4 * filters, 3, padding=1, bias=False) for direction in directions}
         )
         self.norm = nn.BatchNorm2d(filters * len(directions))
+        if self.input_gates.weight.is_meta:  # waits for a file's weights: as in SlabEncoder
+            return
         for gate in torch.split(self.input_gates.weight, filters):
             nn.init.xavier_uniform_(gate)
         for direction in directions:

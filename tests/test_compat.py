@@ -21,3 +21,16 @@ def test_a_stand_in_leaves_no_trace_and_refuses_to_work():
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.splitlines() == ["this server was started without MONAI's download_url", "SourceFileLoader"]
+
+
+def test_pe_app_serve_starts_without_monai_and_without_torchs_compiler(tmp_path):
+    program = (
+        "import sys, uvicorn\n"
+        "heavy = ('monai', 'mlflow', 'sklearn', 'torch._dynamo')\n"
+        "uvicorn.run = lambda *_, **__: print('loaded:', [name for name in heavy if name in sys.modules])\n"
+        f"sys.argv = ['pe-app', 'serve', {str(tmp_path)!r}]\n"
+        "from pe_app.cli import main\n"
+        "main()\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "loaded: []" in told.stdout.splitlines(), told.stdout + told.stderr

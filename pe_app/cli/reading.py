@@ -64,6 +64,9 @@ def serve(
         tokens = DEFAULT_FILE
     door = Door(tokens, certificate, key, plain_http, tuple(allow_host or ()), max_upload_mb << 20)
     door.check(host)  # before torch is loaded
+    from lib import compat  # noqa: F401 - before monailabel
+
+    # isort: split
     from lib.archive import ArchiveSettings
     from lib.server import serve as serve_studies
 
