@@ -59,6 +59,8 @@ def test_masks_hold_what_the_truth_table_says_and_tiny_studies_one_embolus(writt
         assert mask.voxels.max() == known.emboli
         if known.tiny:
             assert known.emboli == 1
+            voxels, volume_mm3 = np.count_nonzero(mask.voxels), np.prod(mask.spacing_mm)
+            assert voxels <= 8 or voxels * volume_mm3 <= 4 / 3 * np.pi * 5**3  # a ball of 10 mm
     assert any(truth[study.study].tiny for study in studies)
     assert not (out / "masks" / f"{studies[1].study}.nrrd").exists()
 

@@ -67,7 +67,7 @@ def listed(tmp_path_factory):
 def compared(listed, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
     masks = listed[0].path.parent / "masks"
-    outcomes = compare(listed, out, choose_systems(NAMES), TINY, 1, masks, synthetic=True)
+    outcomes = compare(listed, out, choose_systems(NAMES), TINY, [0], masks, synthetic=True)
     return out, outcomes
 
 
@@ -85,6 +85,18 @@ def test_scenario_1_learns_from_fewer_studies_than_scenario_3(compared):
     learned = {outcome.system: outcome.training_studies for outcome in outcomes}
     assert learned["scenario3"] == learned["scenario2"] == learned["cnn3d"] == 10
     assert learned["scenario1"] < 10
+
+
+def test_the_3d_networks_look_at_as_many_slices_as_both_stages(compared, listed):
+    out, _ = compared
+    train = [study for study in listed if study.split == "train"]
+    marked = sum(study.annotation.read_text().count('"embolism"') for study in train if study.annotation)
+    slabs = 2 * marked  # as many without embolism
+    stage_two = len(train) * SLABS.slab_count * 4
+    budget = TINY.encoder.epochs * slabs * 5 + TINY.classifier.epochs * stage_two
+    for system, slices in (("penet", slabs * TINY.penet.slices), ("cnn3d", stage_two)):
+        status = json.loads((out / "seed0" / system / "run" / "status.json").read_text())
+        assert len(status["history"]) == round(budget / slices)
 
 
 def test_the_table_is_that_of_scikit_learn(compared):
@@ -105,11 +117,11 @@ def test_a_finished_comparison_is_returned_at_once_and_another_plan_is_refused(c
     out, outcomes = compared
     assert set(finished(out)) == set(outcomes)
     monkeypatch.setattr("pe_app.comparison.run.train_encoder", None)
-    assert compare(listed, out, choose_systems(NAMES), TINY, 1, listed[0].path.parent / "masks") == outcomes
+    assert compare(listed, out, choose_systems(NAMES), TINY, [0], listed[0].path.parent / "masks") == outcomes
     with pytest.raises(InputError, match="another settings"):
-        compare(listed, out, choose_systems(NAMES), replace(TINY, filters=5), 1)
+        compare(listed, out, choose_systems(NAMES), replace(TINY, filters=5), [0])
     with pytest.raises(InputError, match="another study list"):
-        compare(listed[1:], out, choose_systems(NAMES), TINY, 1)
+        compare(listed[1:], out, choose_systems(NAMES), TINY, [0])
 
 
 def test_an_interrupted_comparison_goes_on_and_says_the_same(compared, listed, tmp_path):
@@ -120,10 +132,10 @@ def test_an_interrupted_comparison_goes_on_and_says_the_same(compared, listed, t
     masks = listed[0].path.parent / "masks"
     chosen = choose_systems(["slab_mean"])
     with pytest.raises(Cancelled):
-        compare(listed, tmp_path, chosen, TINY, 1, masks, True, stop_in_stage_two)
+        compare(listed, tmp_path, chosen, TINY, [0], masks, True, stop_in_stage_two)
     _, outcomes = compared
     expected = {outcome.system: outcome.probabilities for outcome in outcomes}
-    for outcome in compare(listed, tmp_path, chosen, TINY, 1, masks, True, silent):
+    for outcome in compare(listed, tmp_path, chosen, TINY, [0], masks, True, silent):
         assert outcome.probabilities == expected[outcome.system]
 
 
@@ -149,7 +161,7 @@ def test_the_default_plan_is_the_papers_but_for_the_matched_negatives():
     assert replace(plan.encoder, negative_slabs="mixed") == EncoderTraining()
     assert (plan.slabs, plan.network, plan.filters) == (SlabConfig(), EncoderConfig(), ClassifierConfig().filters)
     assert plan.classifier == ClassifierTraining()
-    assert plan.baseline(8).epochs == 100 + 50
+    assert replace(plan.baseline(8, 31), epochs=50, batch=32) == plan.classifier
     assert choose_systems(["scenario2"])[1].change(plan).encoder.attention_weight == 0
 
 

@@ -25,7 +25,7 @@ from pe_app.baselines.training import (
     train_penet,
 )
 from pe_app.comparison.systems import REFERENCE, SYSTEMS, Plan, System, core_studies
-from pe_app.datasets import StudySource, encode_sources, read_sources
+from pe_app.datasets import AnnotatedSlabs, StudySource, encode_sources, read_sources
 from pe_app.detector import Detector
 from pe_app.errors import InputError
 from pe_app.files import write_durably
@@ -38,7 +38,7 @@ from pe_app.slab_encoder import EncoderConfig, normalised
 from pe_app.slabs import SlabConfig, study_slabs
 from pe_app.studies import Study
 from pe_app.study_classifier import ClassifierConfig
-from pe_app.training import SIDES, EncoderTraining, prepared_slabs, split, train_classifier, train_encoder
+from pe_app.training import LABELS, SIDES, EncoderTraining, prepared_slabs, split, train_classifier, train_encoder
 from pe_app.volume_io import read_volume
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def compare(
     out: Path,
     systems: Sequence[System] = SYSTEMS,
     plan: Plan | None = None,
-    seeds: int = 3,
+    seeds: Sequence[int] = (0, 1, 2),
     masks: Path | None = None,
     synthetic: bool = False,
     progress: ProgressCallback = silent,
@@ -97,7 +97,7 @@ def compare(
         out: folder of the comparison.
         systems: rows, the reference among them.
         plan: shapes and trainings that all share.
-        seeds: trainings of each system, with seeds from 0 on.
+        seeds: one training of each system with each; calls with different seeds may share a folder at the same time.
         masks: folder of ``ID.nrrd``, emboli of whole studies.
         synthetic: recorded in the models: every embolism was simulated or painted.
         progress: told after every step; may raise ``Cancelled``.
@@ -113,11 +113,11 @@ def compare(
     _check_same(out, filled, plan)
 
     outcomes = []
-    total = len(systems) * seeds
-    for seed in range(seeds):
+    total = len(systems) * len(seeds)
+    for round_number, seed in enumerate(seeds):
         bench = _Bench(filled, test, out, seed, masks, synthetic, progress)
         for number, system in enumerate(systems):
-            progress(Progress("compare", seed * len(systems) + number, total, f"seed {seed}: {system.title}"))
+            progress(Progress("compare", round_number * len(systems) + number, total, f"seed {seed}: {system.title}"))
             outcomes.append(bench.outcome(system, system.change(plan).seeded(seed)))
             bench.forget_features([system.change(plan).seeded(seed) for system in systems[number + 1 :]])
     progress(Progress("compare", total, total))
@@ -217,7 +217,8 @@ class _Bench:
         )
         planes = self._cache / "planes"
         run = self._folder / system.name / "run"
-        settings = plan.baseline(plan.window_batch)
+        epochs = self._epochs(plan, train, len(train) * plan.penet.slices)
+        settings = plan.baseline(plan.window_batch, epochs)
         network = train_penet(sources, (train, validation), run, settings, plan.penet, planes, self._progress)
         files = prepare_penet(self._tested(), plan.penet, planes, self._progress)
         found = _Asked(penet_probabilities(network, files, self._progress))
@@ -228,11 +229,31 @@ class _Bench:
         sources = read_sources(learned, annotations=False, progress=self._progress)
         planes = self._cache / "planes"
         run = self._folder / system.name / "run"
-        settings = plan.baseline(plan.study_batch)
+        core = [study for study in core_studies(self._studies) if study.split == "train"]
+        slabs = prepared_slabs(
+            read_sources(core, progress=self._progress), "train", plan.slabs, plan.encoder, self._cache / "slabs",
+            self._progress,
+        )  # fmt: skip
+        epochs = self._epochs(plan, slabs, self._slices(plan))
+        settings = plan.baseline(plan.study_batch, epochs)
         network = train_cnn3d(sources, run, settings, plan.cnn3d, plan.slabs, planes, self._progress)
         files = prepare_cnn3d(self._tested(), plan.slabs, planes, self._progress)
         found = _Asked(cnn3d_probabilities(network, files, self._progress))
         return self._made(system, found, sum(p.numel() for p in network.parameters()), learned, _run_seconds(run))
+
+    def _epochs(self, plan: Plan, slabs: AnnotatedSlabs, slices: int) -> int:
+        """So many epochs of ``slices`` slices as show a network what both stages together look at.
+
+        Passes would not be fair: a window of PENet is shown round every slab, and holds five times its slices.
+        """
+        stage_one = plan.encoder.epochs * len(slabs) * plan.slabs.slices_per_slab
+        stage_two = plan.classifier.epochs * self._slices(plan)
+        return max(round((stage_one + stage_two) / slices), 1)
+
+    def _slices(self, plan: Plan) -> int:
+        """Slices of an epoch of stage II, and of the 3D CNN, that reads the same."""
+        studies = sum(study.split == "train" and study.label in LABELS for study in self._studies)
+        return studies * plan.slabs.slab_count * plan.slabs.slab_stride
 
     def _ask(self, detector: Detector, system: System, features: Path) -> _Asked:
         """The test studies through both stages, from features that are computed once for all who share an encoder."""

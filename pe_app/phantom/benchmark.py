@@ -25,6 +25,7 @@ from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.lungs import lung_range
 from pe_app.phantom.anatomy import Patient
+from pe_app.phantom.emboli import BurdenName
 from pe_app.phantom.scan import Phantom, PhantomConfig, make_phantom
 from pe_app.phantom.studies import READ_AT, READER, in_processes
 from pe_app.progress import Progress, ProgressCallback, silent
@@ -37,6 +38,9 @@ Nuisance = Literal["lead", "arms", "rib", "kernel"]
 
 OWN_NOISE_HU = 6.0
 """Noise that a study does not share with its twin."""
+
+TINY_MM3 = 500.0
+"""The largest tiny embolus, a ball of 10 mm; or 8 voxels where those are more."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class BenchmarkConfig:
         review_every_mm: distance of reviewed slices; 10 in the paper, for the same reason less here.
         confounding: share of training and validation studies in which the irrelevant thing agrees with the label;
             0.5 in the test.
-        tiny_share: share of positive studies that keep their smallest embolus only.
+        burden: of the positive studies, but for the tiny ones.
+        tiny_share: share of positive studies that show a single embolus, the smallest of a patient with emboli of every
+            size and no larger than ``TINY_MM3``.
         matrix: rows and columns.
         spacing_mm: slice spacing; drawn as hospitals do where None.
     """
@@ -61,6 +67,7 @@ class BenchmarkConfig:
     annotated_share: float = 0.5
     review_every_mm: float = 5.0
     confounding: float = 0.85
+    burden: BurdenName = "large"
     tiny_share: float = 0.3
     matrix: int = 256
     spacing_mm: float | None = 2.5
@@ -213,13 +220,15 @@ _LABELS: dict[str, Label] = {"positive": "positive", "negative": "negative"}
 def _twins(seed: int, number: int, config: BenchmarkConfig, tiny: bool) -> tuple[Phantom, Phantom]:
     """The same patient, scan and noise with and without emboli."""
     patient = Patient.draw(np.random.default_rng((seed, number, 1)))
-    phantom = PhantomConfig(config.matrix, config.spacing_mm)
+    phantom = PhantomConfig(config.matrix, config.spacing_mm, "mixed" if tiny else config.burden)
     attempt = 2
     while True:
         with_emboli = make_phantom(np.random.default_rng((seed, number, attempt)), phantom, True, patient)
-        if with_emboli.emboli:
+        sizes = [embolus.volume_mm3 for embolus in with_emboli.emboli]
+        largest_tiny = max(TINY_MM3, 8 * float(np.prod(with_emboli.volume.spacing_mm)))
+        if sizes and (not tiny or min(sizes) <= largest_tiny):
             break
-        attempt += 1  # all clots too small for these voxels
+        attempt += 1  # all clots too small for these voxels, or none tiny
     without = make_phantom(np.random.default_rng((seed, number, attempt)), phantom, False, patient)
     return (_smallest_only(with_emboli, without) if tiny else with_emboli), without
 
