@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from pe_app.allocation import keep_freed_memory
 from pe_app.detector import Detector, default_model
+from pe_app.errors import InputError
 from pe_app.lungs import lung_range
 from pe_app.slabs import study_slabs
 from pe_app.studies import read_studies
@@ -41,7 +42,11 @@ def main() -> None:
     for study in studies:
         volume = read_volume(study.path)
         config = detectors["float32"].slabs
-        slabs = study_slabs(volume, lung_range(volume), config)
+        try:
+            slabs = study_slabs(volume, lung_range(volume), config)
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         mask = given.studies.parent / "masks" / f"{study.study}.nrrd"
         cut = np.zeros(volume.shape[0], bool)
         if mask.is_file():
@@ -74,7 +79,7 @@ def main() -> None:
     }
     for title, values in rows.items():
         print(f"| {title} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
-    print(f"\n{len(studies)} studies, {len(inside)} slabs, {np.count_nonzero(inside)} with an embolus")
+    print(f"\n{len(labels)} studies, {len(inside)} slabs, {np.count_nonzero(inside)} with an embolus")
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -190,6 +190,9 @@ def test_what_a_system_learned_of_the_irrelevant_is_its_auc_for_it():
     }
     row = rows([outcome(0, probabilities)], choose_systems(["scenario3"]), truth)[0]
     assert row.nuisance_auc == 1
+    assert row.nuisance_aucs == {"lead": 1}  # the other kinds are not shown
+    plain = probabilities <= 0.4
+    assert row.plain_auc == pytest.approx(roc_auc_score((np.arange(40) % 2 == 0)[plain], probabilities[plain]))
     labels = np.arange(40) % 2 == 0
     tiny = ~labels | np.isin(np.arange(40), (0, 2))
     assert row.tiny_auc == pytest.approx(roc_auc_score(labels[tiny], probabilities[tiny]))

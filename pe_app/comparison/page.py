@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,10 +25,12 @@ from pe_app.evaluation import Estimate
 from pe_app.evaluation_page import Section, Table, web_page
 from pe_app.evaluation_pictures import BACKGROUND, INK, MUTED
 from pe_app.files import replacing, write_durably
-from pe_app.phantom.benchmark import Truth
+from pe_app.phantom.benchmark import Nuisance, Truth
 from pe_app.roc import Auc, AucDifference, auc, compare_aucs
 
 WORD, BEYOND, PAPER = "#4fb3ff", "#7ee081", "#ffb000"
+UNKNOWN = "?"
+"""Shown by a study that no truth table names."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Row:
         tiny_auc: mean AUC of studies with a tiny embolus against the negative ones; None without a truth table.
         nuisance_auc: mean AUC of the probability for the irrelevant thing, which goes with no label in the test: 0.5
             ignores it, 1 has learned it; None without a truth table.
+        nuisance_aucs: the same of each kind of thing, against the studies that show none.
+        plain_auc: mean AUC among the studies that show nothing irrelevant; None without a truth table.
         parameters, training_studies, seconds: of one training.
     """
 
@@ -59,6 +64,8 @@ class Row:
     slab_auc: float | None
     tiny_auc: float | None
     nuisance_auc: float | None
+    nuisance_aucs: Mapping[str, float]
+    plain_auc: float | None
     parameters: int
     training_studies: int
     seconds: float
@@ -91,6 +98,8 @@ def rows(outcomes: Sequence[Outcome], systems: Sequence[System], truth: Mapping[
                 _mean([run.slab_auc for run in runs]),
                 _tiny(runs[0], scores, truth),
                 _nuisance(runs[0], scores, truth),
+                _nuisances(runs[0], scores, truth),
+                _plain(runs[0], scores, truth),
                 runs[0].parameters,
                 runs[0].training_studies,
                 float(np.mean([run.seconds for run in runs])),
@@ -125,6 +134,7 @@ def write_comparison(
     )
     sections = (
         Section("Table", text, Table(tuple(_HEAD), tuple(tuple(_cells(row)) for row in table))),
+        *((_irrelevant(table),) if truth else ()),
         Section("Figure", figure=figure),
     )
     footer = f"Made {date} by pe-app {pe_app.__version__}."
@@ -149,7 +159,8 @@ def comparison_csv(table: Sequence[Row]) -> str:
     writer.writerow(
         ("system", "title", "seeds", "auc", "auc_low", "auc_high", "auc_seeds_low", "auc_seeds_high", "auc_by_seed",
          "accuracy", "difference", "difference_low", "difference_high", "p", "pointing_study", "slab_auc", "auc_tiny",
-         "auc_irrelevant", "parameters", "training_studies", "training_seconds", "paper_auc")
+         "auc_irrelevant", *(f"auc_{kind}" for kind in get_args(Nuisance)), "auc_plain",
+         "parameters", "training_studies", "training_seconds", "paper_auc")
     )  # fmt: skip
     for row in table:
         gap = row.difference
@@ -157,8 +168,9 @@ def comparison_csv(table: Sequence[Row]) -> str:
             row.system.name, row.system.title, len(row.aucs), row.auc.value, row.auc.low, row.auc.high,
             row.seeds and row.seeds.low, row.seeds and row.seeds.high, " ".join(f"{value:.4f}" for value in row.aucs),
             row.accuracy, gap and gap.value, gap and gap.low, gap and gap.high, gap and gap.p_value, row.pointing,
-            row.slab_auc, row.tiny_auc, row.nuisance_auc, row.parameters, row.training_studies, row.seconds,
-            row.system.paper_auc,
+            row.slab_auc, row.tiny_auc, row.nuisance_auc,
+            *(row.nuisance_aucs.get(kind) for kind in get_args(Nuisance)), row.plain_auc,
+            row.parameters, row.training_studies, row.seconds, row.system.paper_auc,
         )  # fmt: skip
         writer.writerow(["" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells])
     return text.getvalue()
@@ -203,10 +215,10 @@ def _cells(row: Row) -> list[str]:
     gap = row.difference
     return [
         row.system.title,
-        f"{row.auc.value:.3f} ({row.auc.low:.3f} to {row.auc.high:.3f})",
-        f"{row.seeds.low:.3f} to {row.seeds.high:.3f} ({len(row.aucs)} seeds)" if row.seeds else "one seed",
+        f"{row.auc.value:.3f} ({row.auc.low:.3f}\u00a0to\u00a0{row.auc.high:.3f})",
+        f"{row.seeds.low:.3f}\u00a0to\u00a0{row.seeds.high:.3f} ({len(row.aucs)} seeds)" if row.seeds else "one seed",
         f"{row.accuracy:.3f}",
-        f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})" if gap else "",
+        f"{gap.value:+.3f} ({gap.low:+.3f}\u00a0to\u00a0{gap.high:+.3f})" if gap else "",
         f"{gap.p_value:.2g}" if gap else "",
         *("" if value is None else f"{value:.2f}" for value in (row.pointing, row.slab_auc)),
         *("" if value is None else f"{value:.3f}" for value in (row.tiny_auc, row.nuisance_auc)),
@@ -244,9 +256,50 @@ def _tiny(run: Outcome, scores: NDArray[np.float64], truth: Mapping[str, Truth])
 
 
 def _nuisance(run: Outcome, scores: NDArray[np.float64], truth: Mapping[str, Truth]) -> float | None:
-    chosen = np.array([study in truth for study in run.studies])
-    shown = np.array([study in truth and bool(truth[study].nuisance) for study in run.studies])
-    return _auc_of(shown[chosen], scores[:, chosen])
+    shown = _shown(run, truth)
+    chosen = shown != UNKNOWN
+    return _auc_of(shown[chosen] != "", scores[:, chosen])
+
+
+def _nuisances(run: Outcome, scores: NDArray[np.float64], truth: Mapping[str, Truth]) -> dict[str, float]:
+    shown = _shown(run, truth)
+    found = {}
+    for kind in get_args(Nuisance):
+        chosen = np.isin(shown, (kind, ""))
+        area = _auc_of(shown[chosen] == kind, scores[:, chosen])
+        if area is not None:
+            found[kind] = area
+    return found
+
+
+def _plain(run: Outcome, scores: NDArray[np.float64], truth: Mapping[str, Truth]) -> float | None:
+    chosen = _shown(run, truth) == ""
+    return _auc_of(np.array(run.labels)[chosen], scores[:, chosen])
+
+
+def _shown(run: Outcome, truth: Mapping[str, Truth]) -> NDArray[np.str_]:
+    """The irrelevant thing that each study shows, "" for none."""
+    return np.array([truth[study].nuisance if study in truth else UNKNOWN for study in run.studies])
+
+
+def _irrelevant(table: Sequence[Row]) -> Section:
+    """What was learned of the irrelevant, kind by kind."""
+    text = (
+        "AUC of the study probability for each irrelevant thing, against the test studies that show none; and the AUC "
+        "for embolism among the studies that show nothing irrelevant. A lead and a dense rib lesion have a place that "
+        "attention can avoid; streaks between lowered arms cross a slice, and a sharp kernel is everywhere, also on an "
+        "embolus.",
+    )
+    kinds = get_args(Nuisance)
+    body = tuple(
+        (
+            row.system.title,
+            *(f"{row.nuisance_aucs[kind]:.3f}" if kind in row.nuisance_aucs else "" for kind in kinds),
+            "" if row.plain_auc is None else f"{row.plain_auc:.3f}",
+        )
+        for row in table
+    )
+    return Section("The irrelevant", text, Table(("system", *kinds, "AUC, nothing irrelevant"), body))
 
 
 def _auc_of(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ from pe_app.lungs import lung_range
 from pe_app.phantom.anatomy import Patient
 from pe_app.phantom.emboli import BurdenName
 from pe_app.phantom.scan import Phantom, PhantomConfig, make_phantom
-from pe_app.phantom.studies import READ_AT, READER, in_processes
-from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.phantom.studies import READ_AT, READER, made_in
+from pe_app.progress import ProgressCallback, silent
 from pe_app.studies import Label, Split, Study, write_studies
 from pe_app.volume import PADDING_HU, Volume
 from pe_app.volume_io import write_volume
@@ -120,12 +119,7 @@ def write_benchmark(
     config = config or BenchmarkConfig()
     for folder in ("volumes", "masks", "annotations", "truth"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    made: dict[int, tuple[Study, Study]] = {}
-    progress(Progress("simulate twins", 0, config.patients))
-    with closing(in_processes(partial(_write_twins, out, seed, config), config.patients, workers)) as written:
-        for number, twins in written:
-            made[number] = twins
-            progress(Progress("simulate twins", len(made), config.patients))
+    made = made_in(workers, partial(_write_twins, out, seed, config), config.patients, "simulate twins", progress)
     studies = [study for number in range(config.patients) for study in made[number]]
     rows = [(out / "truth" / f"{study.study}.csv").read_text() for study in studies]
     header = ",".join(field.name for field in fields(Truth)) + "\n"

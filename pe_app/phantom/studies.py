@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing
+from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from pe_app.annotation import SparseAnnotation, slice_schedule
 from pe_app.phantom.anatomy import Patient
 from pe_app.phantom.scan import PhantomConfig, make_phantom
+from pe_app.processes import Processes
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.studies import Label, Study, write_studies
 from pe_app.volume_io import write_volume
@@ -58,32 +55,27 @@ def write_phantom_studies(
     config = config or PhantomConfig()
     for folder in ("volumes", "masks", "annotations"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    listed: dict[int, Study] = {}
-    progress(Progress("simulate studies", 0, studies))
-    make = partial(_write_study, out, seed=seed, config=config)
-    with closing(in_processes(make, studies, workers)) as written:
-        for number, study in written:
-            listed[number] = study
-            progress(Progress("simulate studies", len(listed), studies))
+    listed = made_in(
+        workers, partial(_write_study, out, seed=seed, config=config), studies, "simulate studies", progress
+    )
     path = out / "studies.csv"
     write_studies([listed[number] for number in range(studies)], path)
     return path
 
 
-def in_processes(make: Callable[[int], Made], count: int, workers: int) -> Generator[tuple[int, Made], None, None]:
-    """``make(number)`` for 0 to ``count - 1``, with its number, in the order in which they are finished."""
-    if workers == 1:
-        for number in range(count):
-            yield number, make(number)
-        return
-    # spawn: a forked child would inherit torch's locked thread pool
-    with ProcessPoolExecutor(min(workers, count), get_context("spawn"), _one_thread) as pool:
-        jobs = {pool.submit(make, number): number for number in range(count)}
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def made_in(
+    workers: int, make: Callable[[int], Made], count: int, task: str, progress: ProgressCallback
+) -> dict[int, Made]:
+    """``make(number)`` for 0 to ``count - 1`` by number, made in so many processes; the first failure is raised."""
+    made: dict[int, Made] = {}
+    progress(Progress(task, 0, count))
+    with Processes(min(workers, count)) as processes:
+        for number, result in processes.run(make, range(count)):
+            if isinstance(result, Exception):
+                raise result
+            made[number] = result
+            progress(Progress(task, len(made), count))
+    return made
 
 
 def _write_study(out: Path, number: int, seed: int, config: PhantomConfig) -> Study:
@@ -113,7 +105,3 @@ def _patient_number(seed: int, number: int) -> int:
     """The patient of a study: now and then the one of the study before."""
     second = number > 0 and np.random.default_rng((seed, number, 2)).random() < SECOND_STUDY
     return number - 1 if second else number
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
