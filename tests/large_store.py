@@ -40,7 +40,8 @@ def write_large_store(folder: Path, count: int, model: Path) -> None:
     write_volume(volume, folder / "study-00000.nrrd")
     images = Images(folder / ".pe" / "images")
     images.facts("study-00000", folder / "study-00000.nrrd")
-    record = json.loads((folder / ".pe" / "images" / "study-00000.json").read_text())
+    # so small a chest is refused; those that it stands for are not
+    record = {**json.loads((folder / ".pe" / "images" / "study-00000.json").read_text()), "reason": ""}
     identity = Detector.load(model).identity
     rng = np.random.default_rng(0)
     (folder / ".pe" / "detections").mkdir()
@@ -49,8 +50,8 @@ def write_large_store(folder: Path, count: int, model: Path) -> None:
         sha256 = hashlib.sha256(name.encode()).hexdigest() if number else record["sha256"]
         if number:
             os.link(folder / "study-00000.nrrd", folder / f"{name}.nrrd")
-            known = {**record, "sha256": sha256, "stamp": [f"{name}.nrrd", *record["stamp"][1:]]}
-            (folder / ".pe" / "images" / f"{name}.json").write_text(json.dumps(known))
+        known = {**record, "sha256": sha256, "stamp": [f"{name}.nrrd", *record["stamp"][1:]]}
+        (folder / ".pe" / "images" / f"{name}.json").write_text(json.dumps(known))
         if number % 2:
             evidence = tuple(Evidence(slab, 3.0 * slab, slab, float(rng.random()), 0.5, None) for slab in range(50))
             image = replace(ImageIdentity.of(volume), sha256=sha256)
@@ -59,13 +60,13 @@ def write_large_store(folder: Path, count: int, model: Path) -> None:
             path.write_text(json.dumps(detection.to_json()))
 
 
-def save(server: Server, study: str, folder: Path) -> None:
+def save(server: Server, study: str, folder: Path) -> object:
     """A reader's save of two slices."""
     volume, mask = small_chest(1, emboli=2)
     annotation = SparseAnnotation.from_mask(volume, mask, (6, 10), "ann", "2026-11-02T08:00:00Z")
     annotation.write(folder / "annotation.json", volume)
     with (folder / "annotation.seg.nrrd").open("rb") as file:
-        server.json(
+        return server.json(
             "PUT",
             f"/datastore/label?image={study}",
             data={"params": json.dumps({"annotation": annotation.to_json(), "reader": "ann"})},
@@ -88,8 +89,10 @@ def measure(server: Server, folder: Path, requests: int = REQUESTS) -> dict[str,
     for what, ask in asked.items():
         for number in range(requests if what in ("GET /info/", "POST /activelearning") else max(requests // 10, 5)):
             begin = time.perf_counter()
-            ask(number)
+            told = ask(number)
             seconds.setdefault(what, []).append(time.perf_counter() - begin)
+            if what == "POST /activelearning" and not told:
+                raise RuntimeError("there is a study to read, and none was chosen")
     return seconds
 
 
