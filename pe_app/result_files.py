@@ -7,13 +7,9 @@ import html
 import io
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.gridspec import SubplotSpec
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -23,6 +19,11 @@ from pe_app.detector import DetectionResult
 from pe_app.files import write_durably
 from pe_app.volume import Volume
 from pe_app.volume_io import resample_like, write_volume
+
+if TYPE_CHECKING:  # a detection starts without matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 PE_WINDOW_HU = (-250, 450)
 """Width 700 at level 100: emboli stay dark beside enhanced arteries (the reading window for PE)."""
@@ -74,6 +75,9 @@ def write_result(
 
 def review_picture(result: DetectionResult, volume: Volume, name: str) -> bytes:
     """A PNG: the study from the front with the evidence beside it, and its strongest slices, plain and overlaid."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(16, 6.9), dpi=100, facecolor=_BACKGROUND)
     canvas = FigureCanvasAgg(figure)
     columns = figure.add_gridspec(
@@ -105,6 +109,8 @@ def review_picture(result: DetectionResult, volume: Volume, name: str) -> bytes:
 
 def thumbnails(result: DetectionResult, volume: Volume) -> bytes:
     """A JPEG of the strongest slices with attention, side by side, strongest first; for lists of many studies."""
+    from matplotlib import colormaps
+
     chosen = strongest_slices(result.detection, volume)
     (top, bottom), (left, right) = ((int(low), int(high) + 1) for low, high in _body_box(volume, chosen))
     height_mm, width_mm = (bottom - top) * volume.spacing_mm[1], (right - left) * volume.spacing_mm[2]
