@@ -375,6 +375,12 @@ def test_studies_without_a_twin_are_refused(studies, tmp_path):
         TwinSlabs(prepared(studies, tmp_path), {study.study: study.patient for study in studies})
 
 
+def test_studies_of_unknown_patients_are_no_twins(tmp_path):
+    studies = twin_studies(tmp_path)
+    with pytest.raises(InputError, match="no twins among the studies"):
+        TwinSlabs(prepared(studies, tmp_path / "cache"), dict.fromkeys((study.study for study in studies), ""))
+
+
 def test_augmentation_follows_its_generator_and_leaves_the_original():
     items, original = blocks(0), blocks(0)
     first, second = (augmented(items, Augmentation(), SLABS, torch.Generator().manual_seed(3)) for _ in range(2))

@@ -98,7 +98,7 @@ class TwinSlabs(Dataset[SlabItem]):
     """
 
     def __init__(self, slabs: AnnotatedSlabs, patients: Mapping[str, str]) -> None:
-        """Pair the slabs of a study with those of the next one of the list, of the same patient and as many.
+        """Pair the slabs of a study with those of the next one of the list, of the same known patient and as many.
 
         Args:
             slabs: of the training.
@@ -114,7 +114,7 @@ class TwinSlabs(Dataset[SlabItem]):
             (starts[number] + row, starts[number + 1] + row)
             for number in range(len(counts) - 1)
             if counts[number] == counts[number + 1]
-            and patients[slabs.files[number].study] == patients[slabs.files[number + 1].study]
+            and "" != patients[slabs.files[number].study] == patients[slabs.files[number + 1].study]
             and slabs.labels[starts[number] : starts[number + 1]].all()
             and not slabs.labels[starts[number + 1] : starts[number + 2]].any()
             for row in range(counts[number])
