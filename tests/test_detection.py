@@ -141,7 +141,7 @@ def test_quiet_slabs_give_no_candidate_however_bright_their_own_map():
 def test_candidates_are_the_connected_regions_that_flood_filling_finds(seed):
     rng = np.random.default_rng(seed)
     maps = np.where(rng.random((5, 6, 6)) > 0.9, rng.uniform(0.4, 1, (5, 6, 6)), 0)
-    open_cells = set(map(tuple, np.argwhere(maps >= 0.3)))
+    open_cells = set(map(tuple, np.argwhere(maps >= 0.5)))
     peaks = []
     while open_cells:
         region, frontier = [], [open_cells.pop()]
