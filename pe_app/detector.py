@@ -25,10 +25,9 @@ from torch import Tensor, nn
 import pe_app
 from pe_app.candidate_places import place_candidates
 from pe_app.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
-from pe_app.device import DetectingPrecision, autocast, best_device
+from pe_app.device import Precision, autocast, best_device
 from pe_app.errors import InputError, UnfitStudy
 from pe_app.files import write_durably
-from pe_app.int8 import Int8Networks
 from pe_app.lungs import find_lungs, lung_range
 from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.quality import QualityLimits, Reason, check_study, judged
@@ -195,7 +194,7 @@ class Detector:
         slabs: how volumes become slabs.
         card: where the weights come from.
         limits: which studies are refused.
-        precision: number format of the networks; int8 by ``use`` only.
+        precision: number format of the networks.
         decision: how stage II's logit is read.
     """
 
@@ -204,9 +203,8 @@ class Detector:
     slabs: SlabConfig = field(default_factory=SlabConfig)
     card: ModelCard = field(default_factory=ModelCard)
     limits: QualityLimits = field(default_factory=QualityLimits)
-    precision: DetectingPrecision = "auto"
+    precision: Precision = "auto"
     decision: Decision = field(default_factory=Decision)
-    _int8: Int8Networks | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def untrained(
@@ -269,9 +267,8 @@ class Detector:
 
     @property
     def identity(self) -> ModelIdentity:
-        """How a detection names this model; a decision of its own and 8-bit networks are told with the version."""
-        eight_bit = "int8" if self._int8 else ""
-        version = ", ".join(word for word in (self.card.version, str(self.decision), eight_bit) if word)
+        """How a detection names this model; a decision of its own is told with the version."""
+        version = ", ".join(word for word in (self.card.version, str(self.decision)) if word)
         return ModelIdentity(self.card.name, version, self.sha256, self.card.trained, self.card.date)
 
     @property
@@ -283,16 +280,6 @@ class Detector:
         """Move both networks, in evaluation mode and the memory order that convolutions like best."""
         self.encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.classifier.to(device).eval()
-        return self
-
-    def use(self, precision: DetectingPrecision) -> Detector:
-        """Choose the number format of the networks; int8 is on the CPU, and weights must not change any more.
-
-        Raises:
-            InputError: if this machine or this model has no int8.
-        """
-        self._int8 = Int8Networks(self.encoder, self.classifier) if precision == "int8" else None
-        self.precision = precision
         return self
 
     def detect(self, volume: Volume, progress: ProgressCallback = silent) -> DetectionResult:
@@ -352,14 +339,14 @@ class Detector:
         Returns:
             Features ``(slabs, channels, grid, grid)`` in float16 and slab probabilities ``(slabs,)``.
         """
-        encoder = self._int8.encoder if self._int8 else self.encoder.eval()
+        self.encoder.eval()
         features, probabilities = [], []
         count = len(slabs.pixels)
         for start in range(0, count, SLABS_AT_ONCE):
             progress(Progress("look at every slab", start, count))
             batch = torch.from_numpy(slabs.pixels[start : start + SLABS_AT_ONCE].copy()).to(self.device)
             with autocast(self.device, self.precision):
-                encoded = encoder(batch.contiguous(memory_format=torch.channels_last))
+                encoded = self.encoder(batch.contiguous(memory_format=torch.channels_last))
             features.append(encoded.features.half())
             probabilities.append(encoded.logits.float().softmax(dim=1)[:, 1])
         return torch.cat(features), torch.cat(probabilities).cpu().numpy()
@@ -367,9 +354,9 @@ class Detector:
     @torch.inference_mode()
     def classify(self, features: Tensor) -> float:
         """Stage II: the study's probability from the features of its slabs ``(slabs, channels, grid, grid)``."""
-        classifier = self._int8.classifier if self._int8 else self.classifier.eval()
+        self.classifier.eval()
         with autocast(self.device, self.precision):
-            logit = classifier(features[None].to(self.device, torch.float32))
+            logit = self.classifier(features[None].to(self.device, torch.float32))
         return float((logit.float() / self.decision.temperature).sigmoid()[0])
 
     @torch.inference_mode()

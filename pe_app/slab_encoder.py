@@ -81,10 +81,10 @@ class SlabEncoder(nn.Module):
             width = config.width
             self.conv1 = nn.Conv2d(config.slices_per_slab, width, 7, stride=2, padding=3, bias=False)
             self.bn1 = nn.BatchNorm2d(width)
-            self.layer1 = nn.Sequential(Block(width, width), Block(width, width))
-            self.layer2 = nn.Sequential(Block(width, 2 * width, stride=2), Block(2 * width, 2 * width))
-            self.layer3 = nn.Sequential(Block(2 * width, 4 * width, stride=2), Block(4 * width, 4 * width))
-            self.layer4 = nn.Sequential(Block(4 * width, 8 * width), Block(8 * width, 8 * width))
+            self.layer1 = nn.Sequential(_Block(width, width), _Block(width, width))
+            self.layer2 = nn.Sequential(_Block(width, 2 * width, stride=2), _Block(2 * width, 2 * width))
+            self.layer3 = nn.Sequential(_Block(2 * width, 4 * width, stride=2), _Block(4 * width, 4 * width))
+            self.layer4 = nn.Sequential(_Block(4 * width, 8 * width), _Block(8 * width, 8 * width))
         self.fc = nn.Linear(config.feature_channels, 2)
         for module in self.modules():
             # a network that waits for a file's weights has none to fill, and torch would load its compiler for it
@@ -179,7 +179,7 @@ def _densenet121(config: EncoderConfig) -> nn.Module:
     return nn.Sequential(network.features, nn.ReLU(inplace=True))
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """Two 3 x 3 convolutions and a way round them (He et al. 2016, arXiv:1512.03385)."""
 
     def __init__(self, channels: int, filters: int, *, stride: int = 1) -> None:
@@ -195,7 +195,6 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, channels, rows, columns)`` to filters and rows and columns divided by the stride."""
         inner = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(inner)) + self.downsample(x), inplace=True)
 

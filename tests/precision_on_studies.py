@@ -1,6 +1,6 @@
 """What a number format changes: ``python tests/precision_on_studies.py benchmark/studies.csv --model MODEL``.
 
-Every study of a list (``pe-app phantom --benchmark``) is looked at in float32, bfloat16 and int8. Told are the AUC of
+Every study of a list (``pe-app phantom --benchmark``) is looked at in float32 and in bfloat16. Told are the AUC of
 the study probability, the AUC of the slab probability against the simulated emboli, how far the peaks of the attention
 move, in cells of the map, and the largest change of a probability.
 """
@@ -23,7 +23,7 @@ from pe_app.slabs import study_slabs
 from pe_app.studies import read_studies
 from pe_app.volume_io import read_mask, read_volume
 
-FORMATS = ("float32", "bfloat16", "int8")
+FORMATS = ("float32", "bfloat16")
 
 
 def main() -> None:
@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     given = parser.parse_args()
     keep_freed_memory()
-    detectors = {name: Detector.load(given.model).to(torch.device("cpu")).use(name) for name in FORMATS}
+    detectors = {name: Detector.load(given.model).to(torch.device("cpu")) for name in FORMATS}
+    for name, detector in detectors.items():
+        detector.precision = name
     studies = [study for study in read_studies(given.studies) if study.split == given.split]
     labels: list[bool] = []
     painted: list[np.ndarray] = []
@@ -58,7 +60,7 @@ def main() -> None:
             maps = detector.attention(features)
             found[name].append((detector.classify(features), probability, maps, features.float().numpy()[::7]))
         print(f"{len(labels)} of {len(studies)}", file=sys.stderr, flush=True)
-    print("| | float32 | bfloat16 | int8 |\n|---|---|---|---|")
+    print("| | float32 | bfloat16 |\n|---|---|---|")
     inside = np.concatenate(painted)
     slab = {name: np.concatenate([one[1] for one in found[name]]) for name in FORMATS}
     study_wide = {name: np.array([one[0] for one in found[name]]) for name in FORMATS}

@@ -10,7 +10,7 @@ READING_ORDER = (
     *("errors", "files", "progress", "processes", "distributed", "allocation", "device", "source_series", "volume"),
     *("dicom_series", "volume_io"),
     *("lungs", "dicomweb", "quality", "slabs", "segmentation", "annotation", "studies", "importing", "detection"),
-    *("candidate_places", "slab_encoder", "study_classifier", "int8", "losses", "detector", "result_files", "worklist"),
+    *("candidate_places", "slab_encoder", "study_classifier", "losses", "detector", "result_files", "worklist"),
     *("batch", "watching"),
     *("dicom_results", "segmentation_import", "bundle"),
     *("datasets", "training_run"),

@@ -41,8 +41,7 @@ API = 1
 class PulmonaryEmbolismApp(MONAILabelApp):
     """Sparse annotations in, both trainings, detections out.
 
-    ``conf``: ``model`` is the file to start with, ``precision`` the number format of detections; any setting of the
-    trainings (``epochs``, ``width``, ...) by name.
+    ``conf``: ``model`` is the file to start with; any setting of the trainings (``epochs``, ``width``, ...) by name.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
@@ -50,9 +49,7 @@ class PulmonaryEmbolismApp(MONAILabelApp):
             raise InputError(f"{studies}: archives are served with pe-app serve, not as MONAI Label's datastores")
         self.store = open_store(studies, conf)
         model = conf.get("model")
-        self.models = Models(
-            self.store.private / "models", Path(model) if model else None, conf.get("precision", "auto")
-        )
+        self.models = Models(self.store.private / "models", Path(model) if model else None)
         self.jobs = Jobs()
         self._examining = threading.Lock()
         self._examined = -math.inf

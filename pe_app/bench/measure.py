@@ -25,7 +25,7 @@ from pe_app.bench.limits import Limits, best_seconds, operations
 from pe_app.datasets import SlabItem, StudyItem, encode_sources, read_sources
 from pe_app.demo import request_detection, running_server
 from pe_app.detector import Detector, default_model
-from pe_app.device import DetectingPrecision, autocast
+from pe_app.device import autocast
 from pe_app.errors import InputError
 from pe_app.lungs import find_lungs, lung_range
 from pe_app.phantom import PhantomConfig, make_phantom
@@ -112,7 +112,6 @@ def run_bench(
     steps: Sequence[str] = STEPS,
     repeats: int = 3,
     progress: ProgressCallback = silent,
-    precision: DetectingPrecision = "auto",
 ) -> Bench:
     """Measure the steps on one DICOM series, by default a simulated one of 133 slices.
 
@@ -122,7 +121,6 @@ def run_bench(
         steps: which rows; their order is that of ``STEPS``.
         repeats: runs of every step, of which the shortest counts.
         progress: told before every step; may raise ``Cancelled``.
-        precision: number format of the detection; that of the trainings and of PENet is always ``auto``.
 
     Raises:
         InputError: for a step that does not exist, or a series that cannot be read.
@@ -137,7 +135,7 @@ def run_bench(
         if series is None:
             series = Path(folder) / "series"
             write_phantom_series(series)
-        bench = _Steps(series, Path(folder), device, repeats, precision)
+        bench = _Steps(series, Path(folder), device, repeats)
         rows = []
         for number, step in enumerate(wanted):
             progress(Progress("measure", number, len(wanted), step))
@@ -201,20 +199,16 @@ def write_phantom_series(folder: Path, slices: int = 133, matrix: int = 512) -> 
 class _Steps:
     """The study, the networks and what lies between the steps; every method named in ``STEPS`` is a row."""
 
-    def __init__(
-        self, series: Path, folder: Path, device: torch.device, repeats: int, precision: DetectingPrecision
-    ) -> None:
+    def __init__(self, series: Path, folder: Path, device: torch.device, repeats: int) -> None:
         self.series, self.folder, self.device, self.repeats = series, folder, device, repeats
         self.volume = read_volume(series)
         self.detector = (Detector.load(model) if (model := default_model()) else Detector.untrained()).to(device)
-        self.detector.use(precision)
         self.plain = Detector.untrained().to(device)
         self.plain.encoder.to(memory_format=torch.contiguous_format)
         with autocast(device):
             short = torch.is_autocast_enabled(device.type)
             self.dtype = torch.get_autocast_dtype(device.type) if short else torch.float32
-        self.encoded_in = torch.int8 if precision == "int8" else self.dtype
-        self.limits = Limits.measure(device, tuple({torch.float32, self.dtype, self.encoded_in}))
+        self.limits = Limits.measure(device, tuple({torch.float32, self.dtype}))
         self.lung = lung_range(self.volume)
         self.slabs = study_slabs(self.volume, self.lung, self.detector.slabs)
         self.pixels = torch.from_numpy(self.slabs.pixels.copy()).to(device)
@@ -270,7 +264,7 @@ class _Steps:
             "encode",
             self._best(lambda: self.detector.encode(self.slabs)),
             self._best(lambda: textbook.encode(self.plain.encoder, self.pixels), repeats=1),
-            self.limits.compute(self._encoder_operations * len(self.pixels), self.encoded_in),
+            self.limits.compute(self._encoder_operations * len(self.pixels), self.dtype),
         )
 
     def classify(self) -> Step:

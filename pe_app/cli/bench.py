@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pe_app.cli.options import Precision, PrecisionChoice, progress_bars
+from pe_app.cli.options import progress_bars
 
 
 def bench(
@@ -17,7 +17,6 @@ def bench(
     device: Annotated[str, typer.Option(help="Of the networks: cpu, cuda, cuda:1.")] = "cpu",
     step: Annotated[list[str] | None, typer.Option(help="Measure this step only; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of a step; the shortest counts.")] = 3,
-    precision: Precision = PrecisionChoice.AUTO,
     memory: Annotated[bool, typer.Option("--memory", help="Also the memory of a detection of 600 slices.")] = False,
 ) -> None:
     """Every step beside a textbook implementation and the limit of this machine: seconds and ratios, in one run."""
@@ -28,7 +27,7 @@ def bench(
     from pe_app.bench.measure import STEPS, measure_memory, run_bench
 
     with progress_bars() as progress:
-        found = run_bench(series, torch.device(device), step or STEPS, repeats, progress, precision.value)
+        found = run_bench(series, torch.device(device), step or STEPS, repeats, progress)
     used = measure_memory() if memory else None
     if as_json:
         typer.echo(json.dumps({**found.to_json(), **({"memory": used} if used else {})}, indent=1))

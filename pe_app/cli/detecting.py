@@ -20,8 +20,6 @@ from pe_app.cli.options import (
     Limits,
     Model,
     PasswordFile,
-    Precision,
-    PrecisionChoice,
     Refuse,
     archive_access,
     progress_bars,
@@ -53,7 +51,6 @@ def detect(
     accept: Accept = None,
     refuse: Refuse = None,
     limits: Limits = None,
-    precision: Precision = PrecisionChoice.AUTO,
     dicom: Dicom = False,
     send: Send = "",
     user: ArchiveUser = "",
@@ -74,7 +71,7 @@ def detect(
         raise InputError("--series chooses a series of one study: give that study alone")
     publish = dicom_publisher(dicom, archive_access(send, user, password_file, ca) if send else None)
     chosen = model or default_model()
-    detector = (Detector.load(chosen) if chosen else Detector.untrained()).use(precision.value)
+    detector = Detector.load(chosen) if chosen else Detector.untrained()
     detector.limits = read_limits(limits, accept or (), refuse or ())
     if found.single:
         _one(found.studies[0], detector, out, series, publish, as_json=as_json, full_resolution=full_resolution)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,19 +25,6 @@ EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model file; by default the starter model that ships.")]
-
-
-class PrecisionChoice(StrEnum):
-    """Number format of the networks of a detection."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    INT8 = "int8"
-
-
-Precision = Annotated[PrecisionChoice, typer.Option("--precision", help="Number format of the networks; int8 is the "
-                                                    "fastest on a CPU (docs/performance.md).")]  # fmt: skip
 StudyList = Annotated[Path, typer.Option("--studies", help="Study list: CSV of study, path, patient, label, ...")]
 
 ArchiveUser = Annotated[str, typer.Option("--user", envvar="PE_ARCHIVE_USER", help="User of the archive; the password "

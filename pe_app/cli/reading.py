@@ -16,8 +16,6 @@ from pe_app.cli.options import (
     Model,
     PasswordFile,
     Patient,
-    Precision,
-    PrecisionChoice,
     archive_access,
     archive_query,
     progress_bars,
@@ -33,7 +31,6 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     model: Model = None,
-    precision: Precision = PrecisionChoice.AUTO,
     tokens: Annotated[Path | None, typer.Option(help="Token file (pe-app tokens add); asked for on 127.0.0.1, too. "
                                                      f"[default: {DEFAULT_FILE} where others are served]")] = None,
     certificate: Annotated[Path | None, typer.Option(help="Certificate (chain) in PEM, for https.")] = None,
@@ -71,12 +68,12 @@ def serve(
     from lib.server import serve as serve_studies
 
     if "://" not in studies:
-        serve_studies(Path(studies), host, port, model, door, 60 * detection_minutes, precision=precision.value)
+        serve_studies(Path(studies), host, port, model, door, 60 * detection_minutes)
         return
     access = archive_access(studies, user, password_file, ca)
     archive = ArchiveSettings(access, archive_query(patient, date, description), cache_gb)
     folder = cache or Path(f"{urlsplit(studies).hostname}-studies")
-    serve_studies(folder, host, port, model, door, 60 * detection_minutes, archive, precision.value)
+    serve_studies(folder, host, port, model, door, 60 * detection_minutes, archive)
 
 
 def demo(

@@ -21,8 +21,6 @@ from pe_app.cli.options import (
     Model,
     PasswordFile,
     Patient,
-    Precision,
-    PrecisionChoice,
     archive_access,
     archive_query,
     progress_bars,
@@ -37,7 +35,6 @@ def watch(
     out: Annotated[Path, typer.Option(help="Folder for the results and the worklist, index.html; a later run goes on "
                                            "there.")],
     model: Model = None,
-    precision: Precision = PrecisionChoice.AUTO,
     every: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 30,
     settle: Annotated[float, typer.Option(min=0, help="Seconds without a change after which a study is whole.")] = 60,
     once: Annotated[bool, typer.Option("--once", help="Handle what is there and end, as for cron.")] = False,
@@ -74,7 +71,7 @@ def watch(
     )
     publish = dicom_publisher(dicom, access(send) if send else None)
     chosen = model or default_model()
-    detector = (Detector.load(chosen) if chosen else Detector.untrained()).use(precision.value)
+    detector = Detector.load(chosen) if chosen else Detector.untrained()
     piped = None if sys.stdout.isatty() else sys.stdout
     try:
         with ended_by_signal(), progress_bars() as progress:

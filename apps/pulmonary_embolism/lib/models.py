@@ -22,7 +22,6 @@ from filelock import FileLock
 
 from pe_app.detection import ModelIdentity
 from pe_app.detector import Detector, default_model
-from pe_app.device import DetectingPrecision
 from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.training_run import utc_now
@@ -63,13 +62,11 @@ class Models:
     Args:
         folder: ``.pe/models`` of the store.
         start: what is served until a model is published; by default the one that ships.
-        precision: number format of the networks; ``auto`` for a model that has no such.
     """
 
-    def __init__(self, folder: Path, start: Path | None = None, precision: DetectingPrecision = "auto") -> None:
+    def __init__(self, folder: Path, start: Path | None = None) -> None:
         self._folder = folder
         self.start = start or default_model()
-        self._precision = precision
         self._lock = threading.Lock()
         self._serving: tuple[tuple[int, ...], Serving] = ((), Serving())
         self._loaded: tuple[tuple[object, ...], Detector] | None = None
@@ -184,20 +181,11 @@ class Models:
             except InputError:
                 logger.exception("the model before it is served")
                 continue
-            return self._ready(detector)
+            return _told(detector)
         if self.start is None:
             logger.warning("there is no trained model: detections are random until one is trained or given")
             return Detector.untrained()
-        return self._ready(Detector.load(self.start))
-
-    def _ready(self, detector: Detector) -> Detector:
-        try:
-            detector.use(self._precision)
-        except InputError as error:
-            logger.warning("%s", error)
-        card = detector.card
-        logger.info("model %s %s, SHA-256 %.12s, is served", card.name, card.version, detector.sha256)
-        return detector
+        return _told(Detector.load(self.start))
 
     def _find(self, name: str) -> KeptModel:
         kept = self.kept()
@@ -240,6 +228,11 @@ class Models:
         path = self._folder / "served.json"
         write_durably(path, json.dumps(asdict(serving)))
         self._serving = (_stamp(path), serving)
+
+
+def _told(detector: Detector) -> Detector:
+    logger.info("model %s %s, SHA-256 %.12s, is served", detector.card.name, detector.card.version, detector.sha256)
+    return detector
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

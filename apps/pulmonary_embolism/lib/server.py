@@ -45,9 +45,7 @@ from monailabel.utils.async_tasks import utils as tasks
 from starlette.exceptions import HTTPException
 
 import pe_app
-from pe_app.device import DetectingPrecision
 from pe_app.errors import InputError, TooLarge
-from pe_app.int8 import check_machine
 from pe_app.progress import Cancelled
 
 logger = logging.getLogger(__name__)
@@ -90,7 +88,6 @@ def serve(
     door: Door = Door(),  # noqa: B008 - frozen
     detection_seconds: float = DETECTION_SECONDS,
     archive: ArchiveSettings | None = None,
-    precision: DetectingPrecision = "auto",
 ) -> None:
     """Serve a folder of studies, or an archive, until interrupted.
 
@@ -102,10 +99,9 @@ def serve(
         door: how it is reached.
         detection_seconds: a detection that takes longer is stopped.
         archive: where the studies come from, if not from the folder alone.
-        precision: number format of the networks.
 
     Raises:
-        InputError: if the folder, the archive, the model, the precision or the door cannot be used.
+        InputError: if the folder, the archive, the model or the door cannot be used.
     """
     door.check(host)
     if archive is not None:
@@ -116,9 +112,7 @@ def serve(
         raise InputError(f"model {model}: there is no such file")
     settings.MONAI_LABEL_APP_DIR = str(APP_DIR)
     settings.MONAI_LABEL_STUDIES = str(studies.resolve())
-    if precision == "int8":
-        check_machine()
-    conf = {"precision": precision, **({"model": str(model.resolve())} if model else {})}
+    conf = {"model": str(model.resolve())} if model else {}
     settings.MONAI_LABEL_APP_CONF = {**conf, **(archive.conf() if archive else {})}
     settings.MONAI_LABEL_SERVER_PORT = port
     _tell_tasks()
