@@ -470,9 +470,7 @@ def training_record(
     synthetic: bool,
 ) -> str:
     """What the model card says of this training, as JSON."""
-    states = [
-        [reviewed.state for reviewed in source.annotation.slices] if source.annotation else [] for source in sources
-    ]
+    states = [[reviewed.state for reviewed in source.reviewed or ()] for source in sources]
     positive = [
         source.study.label == "positive" or "embolism" in seen for source, seen in zip(sources, states, strict=True)
     ]

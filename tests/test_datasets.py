@@ -1,4 +1,5 @@
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,6 +374,20 @@ def test_twins_are_alike_but_for_the_embolism_and_are_changed_alike(tmp_path):
 def test_studies_without_a_twin_are_refused(studies, tmp_path):
     with pytest.raises(InputError, match="no twins among the studies"):
         TwinSlabs(prepared(studies, tmp_path), {study.study: study.patient for study in studies})
+
+
+def test_outlines_stay_on_the_disk_and_are_those_that_were_read_first(tmp_path):
+    study = small_studies(tmp_path, count=1)[0]
+    (source,) = read_sources([study])
+    outlines = source.annotation()
+    assert all(np.array_equal(outlines.masks[index], truth(study)[index]) for index in outlines.masks)
+    pixels = sum(mask.nbytes for mask in outlines.masks.values())
+    assert len(pickle.dumps(source)) < pixels / 4
+
+    volume, mask = small_chest(0, emboli=3)
+    SparseAnnotation.from_mask(volume, mask, [8], "another reader").write(study.annotation, volume)
+    with pytest.raises(InputError, match="was changed while it was being read"):
+        source.annotation()
 
 
 def test_studies_of_unknown_patients_are_no_twins(tmp_path):

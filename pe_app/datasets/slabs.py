@@ -171,7 +171,7 @@ def prepare_slabs(
     drawn_from = [source.study.label == "negative" for source in sources]
     wanted = sum(map(len, positive))
     if wanted == 0:
-        count = sum(source.annotation is not None for source in sources)
+        count = sum(source.reviewed is not None for source in sources)
         raise InputError(
             f"no annotated embolism slice in {len(sources)} studies ({count} with an annotation): mark embolism on "
             "slices of more studies, or set their split in the study list"
@@ -233,7 +233,8 @@ def _embolism_targets(source: StudySource, config: SlabConfig) -> dict[int, NDAr
     """Targets of the slices marked "embolism", by slice index."""
     name = source.study.study
     indices = _reviewed(source, "embolism")
-    if source.annotation is None or not indices:
+    annotation = source.annotation() if indices else None
+    if annotation is None:
         return {}
     if source.study.label == "negative":
         raise InputError(
@@ -241,7 +242,7 @@ def _embolism_targets(source: StudySource, config: SlabConfig) -> dict[int, NDAr
         )
     targets = {}
     for index in indices:
-        target = attention_target(source.annotation.masks[index], config)
+        target = attention_target(annotation.masks[index], config)
         if target.any():
             targets[index] = target
         else:
@@ -250,9 +251,7 @@ def _embolism_targets(source: StudySource, config: SlabConfig) -> dict[int, NDAr
 
 
 def _reviewed(source: StudySource, state: str) -> list[int]:
-    if source.annotation is None:
-        return []
-    return [reviewed.slice_index for reviewed in source.annotation.slices if reviewed.state == state]
+    return [reviewed.slice_index for reviewed in source.reviewed or () if reviewed.state == state]
 
 
 def _dealt(total: int, eligible: Sequence[bool], generator: np.random.Generator) -> list[int]:
@@ -290,8 +289,8 @@ class _SlabEntry(Entry):
         if holds(file.path, self.dtype, self.shape):
             return file
         volume = volume or read_volume(self.source.study.path)
-        if self.source.annotation is not None:
-            self.source.annotation.check_belongs_to(volume)
+        if annotation := self.source.annotation():
+            annotation.check_belongs_to(volume)
         wish = self.wish
         negative = [*wish.negative, *_random_slices(volume, wish, int(self.key, 16))]
         with replacing(file.path) as temporary:

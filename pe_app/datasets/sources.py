@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pe_app import distributed
-from pe_app.annotation import SparseAnnotation
+from pe_app.annotation import ReviewedSlice, SparseAnnotation
 from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.progress import Progress, ProgressCallback, silent
@@ -23,27 +23,38 @@ from pe_app.volume_io import read_volume
 
 @dataclass(frozen=True, eq=False)
 class StudySource:
-    """A study of the list with what it was read from.
+    """A study of the list with what it was read from. Outlines stay on the disk: thousands would fill the memory.
 
     Attributes:
         study: its row of the list.
         files_sha256: of the bytes of its image files; knows that an image is the same without decoding it.
-        annotation: its reviewed slices; None for a label-only study.
+        reviewed: its reviewed slices; None for a label-only study.
+        annotation_sha256: identity of the reviewed slices and their outlines; empty for a label-only study.
     """
 
     study: Study
     files_sha256: str
-    annotation: SparseAnnotation | None
+    reviewed: tuple[ReviewedSlice, ...] | None = None
+    annotation_sha256: str = ""
 
-    @property
-    def annotation_sha256(self) -> str:
-        """Identity of the reviewed slices and masks; empty for a label-only study."""
-        if self.annotation is None:
-            return ""
-        content = hashlib.sha256(json.dumps(self.annotation.to_json(), sort_keys=True).encode())
-        for index in sorted(self.annotation.masks):
-            content.update(np.packbits(self.annotation.masks[index]).tobytes())
-        return content.hexdigest()
+    @classmethod
+    def read(cls, study: Study, files_sha256: str) -> StudySource:
+        """With the study's annotation, where it has one."""
+        annotation = _annotation(study)
+        if annotation is None:
+            return cls(study, files_sha256)
+        return cls(study, files_sha256, annotation.slices, _identity(annotation))
+
+    def annotation(self) -> SparseAnnotation | None:
+        """The reviewed slices with their outlines, read now.
+
+        Raises:
+            InputError: if they are not those that were read first.
+        """
+        annotation = _annotation(self.study) if self.reviewed is not None else None
+        if annotation is not None and _identity(annotation) != self.annotation_sha256:
+            raise InputError(f"{self.study.annotation}: was changed while it was being read: start again")
+        return annotation
 
 
 SETTLED_SECONDS = 2.0
@@ -84,7 +95,7 @@ def read_sources(
     with distributed.agreed():
         for study, files_sha256 in zip(studies, identities, strict=True):
             with naming(study):
-                sources.append(StudySource(study, files_sha256, _annotation(study) if annotations else None))
+                sources.append((StudySource.read if annotations else StudySource)(study, files_sha256))
     progress(Progress("read the studies", len(studies), len(studies)))
     return tuple(sources)
 
@@ -96,6 +107,14 @@ def naming(study: Study) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"study {study.study}: {error}") from error
+
+
+def _identity(annotation: SparseAnnotation) -> str:
+    """SHA-256 of what was reviewed and outlined."""
+    content = hashlib.sha256(json.dumps(annotation.to_json(), sort_keys=True).encode())
+    for index in sorted(annotation.masks):
+        content.update(np.packbits(annotation.masks[index]).tobytes())
+    return content.hexdigest()
 
 
 def _annotation(study: Study) -> SparseAnnotation | None:
