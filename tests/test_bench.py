@@ -93,7 +93,9 @@ def test_every_step_but_the_server_is_measured_in_the_tables_order(series, quick
     for row in found["steps"]:
         assert row["seconds"] > 0
         assert row["limit_seconds"] > 0
-        assert (row["textbook_seconds"] is None) == row["step"].startswith("penet")
+        assert row["textbook_seconds"] > 0
+        if row["step"].startswith("penet"):  # its own way is among those of which the faster counts
+            assert row["speedup"] >= 1
     assert found["machine"]["gflops_float32"] > 0
 
 
