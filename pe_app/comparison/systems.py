@@ -92,7 +92,7 @@ def small_plan(matrix: int = 256, crop: int = 192, slab_count: int = 16) -> Plan
         classifier=ClassifierTraining(
             learning_rate=1e-3, batch=8, epochs=8, schedule="cosine", fresh_statistics=True
         ),
-        fine_tuning=FineTuning(learning_rate=1e-4, batch=4, epochs=4, gradient_slabs=6),
+        fine_tuning=FineTuning(learning_rate=1e-5, batch=4, epochs=4, gradient_slabs=6),
         penet=PENetConfig(resize=crop // 2 + 8, crop=crop // 2, width=16, groups=8, hu_window=_ENHANCED_HU, mean=0.0),
         cnn3d=CNN3DConfig(width=16, filters=16),
     )  # fmt: skip
