@@ -97,7 +97,8 @@ def compare(
         out: folder of the comparison.
         systems: rows, the reference among them.
         plan: shapes and trainings that all share.
-        seeds: one training of each system with each; calls with different seeds may share a folder at the same time.
+        seeds: one training of each system with each; calls with different seeds, or
+            with systems that share no encoder, may fill a folder at the same time.
         masks: folder of ``ID.nrrd``, emboli of whole studies.
         synthetic: recorded in the models: every embolism was simulated or painted.
         progress: told after every step; may raise ``Cancelled``.
@@ -148,6 +149,7 @@ class _Bench:
         self._masks, self._synthetic, self._progress = masks, synthetic, progress
         self._folder, self._cache = out / f"seed{seed}", out / "cache"
         self._test_sources: tuple[StudySource, ...] | None = None
+        self._used: set[str] = set()
 
     def outcome(self, system: System, plan: Plan) -> Outcome:
         """What is kept of a system, or trained and asked now."""
@@ -165,14 +167,16 @@ class _Bench:
         return outcome
 
     def forget_features(self, coming: Sequence[Plan]) -> None:
-        """Delete the features that no coming system needs: 29.5 MB a study and encoder at full size."""
-        needed = {_encoder_name(plan) for plan in coming}
-        for folder in self._folder.glob("features-*"):
-            if folder.name.removeprefix("features-") not in needed:
-                shutil.rmtree(folder)
+        """Delete the features that no coming system needs: 29.5 MB a study and encoder at full size.
+
+        Those of other calls, which may fill the same folder with other systems, stay.
+        """
+        for name in self._used - {_encoder_name(plan) for plan in coming}:
+            shutil.rmtree(self._folder / f"features-{name}", ignore_errors=True)
 
     def _two_stages(self, system: System, plan: Plan) -> Outcome:
         """Both stages, or stage I alone where slab probabilities are pooled."""
+        self._used.add(_encoder_name(plan))
         encoder = self._folder / f"encoder-{_encoder_name(plan)}.safetensors"
         core = core_studies(self._studies)
         detector = train_encoder(
