@@ -165,13 +165,16 @@ def _wait_until_it_answers(address: str, server: subprocess.Popen[bytes], log: P
 
 def _index_page(studies: list[DemoStudy]) -> str:
     rows = "".join(
-        f"<li><a href='{quote(study.name)}/index.html'>{html.escape(study.name)}</a><pre>"
-        f"{html.escape(chr(10).join(summary(study)[1:]))}</pre></li>"
+        f"<h2>{html.escape(study.name)}</h2><a href='{quote(study.name)}/index.html'>"
+        f"<img src='{quote(study.name)}/review.png' alt='the study and its strongest slices'></a>"
+        f"<pre>{html.escape(chr(10).join(summary(study)[1:]))}</pre>"
         for study in studies
     )
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Demo</title><style>"
-        "body { background: #14181d; color: #e8ecf0; font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; "
-        "margin: 2rem auto; } a { color: #ffb000; } b { color: #ff6b5e; }</style></head><body><h1>Two phantom studies"
-        f"</h1><p><b>{html.escape(NOTICE)}</b> The studies are simulated.</p><ul>{rows}</ul></body></html>\n"
+        "body { background: #14181d; color: #e8ecf0; font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; "
+        "margin: 2rem auto; padding: 0 1rem; } b { color: #ff6b5e; } h2 { font-size: 1.1rem; margin-top: 2rem; } "
+        "img { width: 100%; } pre { white-space: pre-wrap; }</style></head><body><h1>Two phantom studies"
+        f"</h1><p><b>{html.escape(NOTICE)}</b> The studies are simulated. A picture leads to its study's "
+        f"page.</p>{rows}</body></html>\n"
     )
