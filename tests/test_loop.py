@@ -83,30 +83,34 @@ def train(client, server, stage, settings):
     assert [entry["epoch"] for entry in shown["history"]] == list(range(1, settings["epochs"] + 1))
 
 
+def label_train_and_detect(client, server, labels, unseen, encoder, classifier):
+    """Label the studies that were read, train both stages, and ask the new detector about the unseen ones."""
+    untrained = client.info()["pe"]["model"]
+    assert not untrained["trained"]
+    for study, label in labels.items():
+        server.json("PUT", f"/datastore/image/info?image={study}", data={"info": f'{{"pe_label": "{label}"}}'})
+    train(client, server, "encoder", encoder)
+    after_encoder = client.info()["pe"]["model"]
+    assert after_encoder["sha256"] != untrained["sha256"]
+    train(client, server, "classifier", classifier)
+    trained = client.info()["pe"]["model"]
+    assert trained["trained"]
+    detections = {study: client.infer("detection", study, {})[1] for study in unseen}
+    assert {detection["model"]["sha256"] for detection in detections.values()} == {trained["sha256"]}
+    return detections
+
+
 @pytest.mark.timeout(400)
 def test_annotations_become_a_detector_that_finds_emboli_it_has_never_seen(server, truth, tmp_path):
     from monailabel.client import MONAILabelClient
 
     client = MONAILabelClient(server.address, tmpdir=str(tmp_path))
-    untrained = client.info()["pe"]["model"]
-    assert not untrained["trained"]
-
     read = list(read_as_a_careful_reader(client, truth, tmp_path))
     assert sorted(read) == [study for study in truth if study.startswith("read")]
     assert client.info()["datastore"]["completed"] == TRAINED_ON
-    for study in read:
-        label = "positive" if truth[study][1].voxels.any() else "negative"
-        server.json("PUT", f"/datastore/image/info?image={study}", data={"info": f'{{"pe_label": "{label}"}}'})
-    train(client, server, "encoder", ENCODER)
-    after_encoder = client.info()["pe"]["model"]
-    assert after_encoder["sha256"] != untrained["sha256"]
-    train(client, server, "classifier", CLASSIFIER)
-    trained = client.info()["pe"]["model"]
-    assert trained["trained"]
-
+    labels = {study: "positive" if truth[study][1].voxels.any() else "negative" for study in read}
     unseen = [study for study in truth if study.startswith("unseen")]
-    detections = {study: client.infer("detection", study, {})[1] for study in unseen}
-    assert {detection["model"]["sha256"] for detection in detections.values()} == {trained["sha256"]}
+    detections = label_train_and_detect(client, server, labels, unseen, ENCODER, CLASSIFIER)
     positive = np.array([bool(truth[study][1].voxels.any()) for study in unseen])
     probability = np.array([detections[study]["probability"] for study in unseen])
     separation = auc(positive, probability).value

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from app_server import running_server
 from scipy.spatial import cKDTree
-from test_loop import train
+from test_loop import label_train_and_detect
 
 from pe_app.annotation import SparseAnnotation, slice_schedule
 from pe_app.detector import Detector
@@ -99,24 +99,11 @@ def test_annotations_become_a_detector_that_finds_emboli_it_has_never_seen(serve
     from monailabel.client import MONAILabelClient
 
     client = MONAILabelClient(server.address, tmpdir=str(tmp_path))
-    untrained = client.info()["pe"]["model"]
-    assert not untrained["trained"]
-
     read_where_emboli_are(client, truth, tmp_path)
-    for study in truth:
-        if study.startswith("read"):
-            label = "positive" if study.endswith("clots") else "negative"
-            server.json("PUT", f"/datastore/image/info?image={study}", data={"info": f'{{"pe_label": "{label}"}}'})
-    train(client, server, "encoder", ENCODER)
-    after_encoder = client.info()["pe"]["model"]
-    assert after_encoder["sha256"] != untrained["sha256"]
-    train(client, server, "classifier", CLASSIFIER)
-    trained = client.info()["pe"]["model"]
-    assert trained["trained"]
-
+    read = [study for study in truth if study.startswith("read")]
+    labels = {study: "positive" if study.endswith("clots") else "negative" for study in read}
     unseen = [study for study in truth if study.startswith("unseen")]
-    detections = {study: client.infer("detection", study, {})[1] for study in unseen}
-    assert {detection["model"]["sha256"] for detection in detections.values()} == {trained["sha256"]}
+    detections = label_train_and_detect(client, server, labels, unseen, ENCODER, CLASSIFIER)
     positive = np.array([study.endswith("clots") for study in unseen])
     probability = np.array([detections[study]["probability"] for study in unseen])
     separation = auc(positive, probability).value
