@@ -21,7 +21,7 @@ from scipy.special import logit
 from pe_app.detector import Detector
 from pe_app.lungs import lung_range
 from pe_app.phantom.benchmark import Nuisance, add_nuisance, read_truth_table
-from pe_app.slabs import study_slabs
+from pe_app.slabs import Slabs, study_slabs
 from pe_app.studies import read_studies
 from pe_app.volume_io import read_volume
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def _seen(detector: Detector, slabs: object) -> tuple[float, float, np.ndarray]:
+def _seen(detector: Detector, slabs: Slabs) -> tuple[float, float, np.ndarray]:
     """The study's logit, the mean logit of its slabs, and stage I's evidence for embolism in every cell."""
     features, probability = detector.encode(slabs)
     weight = detector.encoder.fc.weight[1] - detector.encoder.fc.weight[0]

@@ -97,8 +97,8 @@ def compare(
         out: folder of the comparison.
         systems: rows, the reference among them.
         plan: shapes and trainings that all share.
-        seeds: one training of each system with each; calls with different seeds, or
-            with systems that share no encoder, may fill a folder at the same time.
+        seeds: one training of each system with each; calls with different seeds, or with systems that share no encoder,
+            may fill a folder at the same time.
         masks: folder of ``ID.nrrd``, emboli of whole studies.
         synthetic: recorded in the models: every embolism was simulated or painted.
         progress: told after every step; may raise ``Cancelled``.
