@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pe_app.errors import InputError
+from pe_app.winograd import Conv3x3
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,13 @@ class _Block(nn.Module):
 
     def __init__(self, channels: int, filters: int, *, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, filters, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = (
+            nn.Conv2d(channels, filters, 3, stride=stride, padding=1, bias=False)
+            if stride > 1
+            else Conv3x3(channels, filters, bias=False)
+        )
         self.bn1 = nn.BatchNorm2d(filters)
-        self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
+        self.conv2 = Conv3x3(filters, filters, bias=False)
         self.bn2 = nn.BatchNorm2d(filters)
         self.downsample = (
             nn.Sequential(nn.Conv2d(channels, filters, 1, stride=stride, bias=False), nn.BatchNorm2d(filters))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pe_app.winograd import Conv3x3
+
 OPEN = 3.0
 """Bias of a gate that is nearly open; its negative nearly shuts one."""
 
@@ -121,7 +123,7 @@ class ConvLSTM(nn.Module):
         super().__init__()
         self.directions = directions
         self.dropout = dropout
-        self.input_gates = nn.Conv2d(channels, 4 * filters * len(directions), 3, padding=1)
+        self.input_gates = Conv3x3(channels, 4 * filters * len(directions))
         self.state_gates = nn.ModuleDict(
             {direction: nn.Conv2d(filters, 4 * filters, 3, padding=1, bias=False) for direction in directions}
         )

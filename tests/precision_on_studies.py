@@ -1,6 +1,7 @@
 """What a number format changes: ``python tests/precision_on_studies.py benchmark/studies.csv --model MODEL``.
 
-Every study of a list (``pe-app phantom --benchmark``) is looked at in float32 and in bfloat16. Told are the AUC of
+Every study of a list (``pe-app phantom --benchmark``) is looked at in float32 with direct convolutions, in float32 as it
+runs (``pe_app/winograd.py``), and in bfloat16 as it runs. Told are the AUC of
 the study probability, the AUC of the slab probability against the simulated emboli, how far the peaks of the attention
 move, in cells of the map, and the largest change of a probability.
 """
@@ -16,6 +17,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from pe_app.allocation import keep_freed_memory
+from pe_app.bench.textbook import without_shortcuts
 from pe_app.detector import Detector, default_model
 from pe_app.errors import InputError
 from pe_app.lungs import lung_range
@@ -23,7 +25,8 @@ from pe_app.slabs import study_slabs
 from pe_app.studies import read_studies
 from pe_app.volume_io import read_mask, read_volume
 
-FORMATS = ("float32", "bfloat16")
+DIRECT = "direct float32"
+FORMATS = {DIRECT: "float32", "float32": "float32", "bfloat16": "bfloat16"}
 
 
 def main() -> None:
@@ -36,14 +39,16 @@ def main() -> None:
     keep_freed_memory()
     detectors = {name: Detector.load(given.model).to(torch.device("cpu")) for name in FORMATS}
     for name, detector in detectors.items():
-        detector.precision = name
+        detector.precision = FORMATS[name]
+    without_shortcuts(detectors[DIRECT].encoder)
+    without_shortcuts(detectors[DIRECT].classifier)
     studies = [study for study in read_studies(given.studies) if study.split == given.split]
     labels: list[bool] = []
     painted: list[np.ndarray] = []
     found: dict[str, list[tuple[float, np.ndarray, np.ndarray, float]]] = {name: [] for name in FORMATS}
     for study in studies:
         volume = read_volume(study.path)
-        config = detectors["float32"].slabs
+        config = detectors[DIRECT].slabs
         try:
             slabs = study_slabs(volume, lung_range(volume), config)
         except InputError as error:
@@ -60,27 +65,27 @@ def main() -> None:
             maps = detector.attention(features)
             found[name].append((detector.classify(features), probability, maps, features.float().numpy()[::7]))
         print(f"{len(labels)} of {len(studies)}", file=sys.stderr, flush=True)
-    print("| | float32 | bfloat16 |\n|---|---|---|")
+    print(f"| | {' | '.join(FORMATS)} |\n|---|{'---|' * len(FORMATS)}")
     inside = np.concatenate(painted)
     slab = {name: np.concatenate([one[1] for one in found[name]]) for name in FORMATS}
     study_wide = {name: np.array([one[0] for one in found[name]]) for name in FORMATS}
     maps = {name: np.concatenate([one[2] for one in found[name]]) for name in FORMATS}
-    moved = {name: _distance(maps["float32"], maps[name]) for name in FORMATS}
-    strongest = np.concatenate([one[1] == one[1].max() for one in found["float32"]])
+    moved = {name: _distance(maps[DIRECT], maps[name]) for name in FORMATS}
+    strongest = np.concatenate([one[1] == one[1].max() for one in found[DIRECT]])
     rows = {
         "AUC of studies": [roc_auc_score(labels, study_wide[name]) for name in FORMATS],
         "AUC of slabs": [roc_auc_score(inside, slab[name]) for name in FORMATS],
         "largest change of a study's probability": [_most(study_wide, name) for name in FORMATS],
         "largest change of a slab's probability": [_most(slab, name) for name in FORMATS],
-        "correlation of the features": [_alike(found["float32"], found[name]) for name in FORMATS],
-        "correlation of the maps": [np.corrcoef(maps["float32"].ravel(), maps[name].ravel())[0, 1] for name in FORMATS],
+        "correlation of the features": [_alike(found[DIRECT], found[name]) for name in FORMATS],
+        "correlation of the maps": [np.corrcoef(maps[DIRECT].ravel(), maps[name].ravel())[0, 1] for name in FORMATS],
         "peak moves, mean of slabs with an embolus": [moved[name][inside].mean() for name in FORMATS],
         "peak moves, mean of strongest slabs": [moved[name][strongest].mean() for name in FORMATS],
         "peak moves, mean of all": [moved[name].mean() for name in FORMATS],
         "peak stays, share of all": [(moved[name] == 0).mean() for name in FORMATS],
     }
     for title, values in rows.items():
-        print(f"| {title} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+        print(f"| {title} | " + " | ".join(f"{value:.5f}" for value in values) + " |")
     print(f"\n{len(labels)} studies, {len(inside)} slabs, {np.count_nonzero(inside)} with an embolus")
 
 
@@ -90,7 +95,7 @@ def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _most(values: dict[str, np.ndarray], name: str) -> float:
-    return float(np.abs(values[name] - values["float32"]).max())
+    return float(np.abs(values[name] - values[DIRECT]).max())
 
 
 def _alike(one: list, other: list) -> float:

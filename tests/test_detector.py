@@ -19,6 +19,7 @@ from pe_app.slab_encoder import EncoderConfig
 from pe_app.slabs import SlabConfig
 from pe_app.study_classifier import ClassifierConfig
 from pe_app.volume import Volume
+from pe_app.winograd import Conv3x3
 
 SLABS = SlabConfig(matrix=128, crop=64, slab_count=12)
 RECORD = TrainingRecord(
@@ -85,16 +86,25 @@ def test_slab_probabilities_are_the_encoders_on_each_slab_alone(detector, volume
     assert evidence == pytest.approx(alone, abs=1e-5)
 
 
-def test_bfloat16_says_the_same_as_float32_and_points_to_the_same_places():
+def test_the_fast_way_says_the_same_as_direct_float32_and_points_to_the_same_places():
     """The whole networks of the model that ships, with fewer slabs; in its slice a place is known to one cell."""
     phantom = make_phantom(np.random.default_rng(7), PhantomConfig(128, 5.0, burden="large"), positive=True)
     whole = Detector.load(STARTER_MODEL).to(torch.device("cpu"))
     whole.slabs = replace(whole.slabs, slab_count=8, slab_stride=25)
     found = []
-    for precision in ("float32", "bfloat16"):
+    for precision, by_points in (("float32", False), ("float32", True), ("bfloat16", True)):
         whole.precision = precision
+        for network in (whole.encoder, whole.classifier):
+            for module in network.modules():
+                if isinstance(module, Conv3x3):
+                    module.by_points = by_points
         found.append(whole.detect(phantom.volume).detection)
-    plain, fast = found
+    plain, points, fast = found
+    assert points.probability == pytest.approx(plain.probability, abs=1e-4)
+    assert [one.slices for one in points.candidates] == [one.slices for one in plain.candidates]
+    for one, other in zip(points.candidates, plain.candidates, strict=True):
+        assert one.centre_lps_mm == pytest.approx(other.centre_lps_mm, abs=0.1)
+        assert one.slab_probability == pytest.approx(other.slab_probability, abs=1e-4)
     assert fast.probability == pytest.approx(plain.probability, abs=0.01)
     assert [slab.probability for slab in fast.evidence] == pytest.approx(
         [slab.probability for slab in plain.evidence], abs=0.01

@@ -204,7 +204,8 @@ class _Steps:
         self.volume = read_volume(series)
         self.detector = (Detector.load(model) if (model := default_model()) else Detector.untrained()).to(device)
         self.plain = Detector.untrained().to(device)
-        self.plain.encoder.to(memory_format=torch.contiguous_format)
+        for network in (self.plain.encoder, self.plain.classifier):
+            textbook.without_shortcuts(network)
         with autocast(device):
             short = torch.is_autocast_enabled(device.type)
             self.dtype = torch.get_autocast_dtype(device.type) if short else torch.float32

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 
 from pe_app.losses import AttentionLoss, attention_loss
 from pe_app.slab_encoder import SlabEncoder, normalised
 from pe_app.slabs import SlabConfig
 from pe_app.study_classifier import ConvLSTM, StudyClassifier
 from pe_app.volume import Volume
+from pe_app.winograd import Conv3x3
 
 
 def read_series(folder: Path) -> NDArray[np.float64]:
@@ -60,8 +61,16 @@ def prepare(volume: Volume, lung: tuple[int, int], config: SlabConfig) -> NDArra
     return slabs
 
 
+def without_shortcuts(network: nn.Module) -> None:
+    """Let every convolution of a network be direct from now on, in torch's default memory order."""
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for module in network.modules():
+        if isinstance(module, Conv3x3):
+            module.by_points = False
+
+
 def encode(encoder: SlabEncoder, slabs: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and logits of slabs, one after the other, in float32 and torch's default memory order."""
+    """Features and logits of slabs, one after the other, in float32."""
     with torch.inference_mode():
         encoded = [encoder(slab[None]) for slab in slabs]
     return torch.cat([each.features for each in encoded]), torch.cat([each.logits for each in encoded])
