@@ -24,6 +24,13 @@ def autocast(device: torch.device, precision: Precision = "auto") -> AbstractCon
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def unshortened(device: torch.device) -> AbstractContextManager[object]:
+    """The context inside ``autocast`` in which nothing is shortened."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 @cache
 def _fast_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":

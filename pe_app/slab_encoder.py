@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pe_app.device import unshortened
 from pe_app.errors import InputError
 from pe_app.winograd import Conv3x3
 
@@ -97,10 +99,15 @@ class SlabEncoder(nn.Module):
         if self.config.architecture == "densenet121":
             features = self.densenet(slabs)
         else:
-            stem = F.relu(self.bn1(self.conv1(slabs)), inplace=True)
-            x = F.max_pool2d(stem, 3, stride=2, padding=1)
-            features = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+            features = self.layer4(self.layer3(self.layer2(self.layer1(self._stem(slabs)))))
         return EncodedSlabs(features, self.logits(features))
+
+    def _stem(self, slabs: Tensor) -> Tensor:
+        """First convolution to maximum: channels of a quarter of the rows and columns."""
+        # bfloat16 rounds soft tissue to steps of 6 HU: noise that training can bear and a detection need not
+        with nullcontext() if self.training else unshortened(slabs.device):
+            stem = F.relu(self.bn1(self.conv1(slabs)), inplace=True)
+            return F.max_pool2d(stem, 3, stride=2, padding=1)
 
     def logits(self, features: Tensor) -> Tensor:
         """``(batch, 2)``, none and embolism, of features ``(batch, feature_channels, rows, columns)``."""

@@ -125,10 +125,10 @@ class _Convolution(torch.autograd.Function):
     """Both ways of the convolution; the way back is the same algorithm transposed, with as few products."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, images: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(images, kernel)
         points = _kernel_to_points(kernel)
+        ctx.save_for_backward(images, points)
         batch, _, rows, columns = images.shape
         results = images.new_empty(batch, rows, columns, len(kernel))
         for part in _parts(images):
@@ -139,18 +139,21 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        images, kernel = ctx.saved_tensors
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        images, points = ctx.saved_tensors
         of_images, of_kernel = ctx.needs_input_grad
         batch, channels, rows, columns = images.shape
-        points = _kernel_to_points(kernel) if of_images else None
         images_slope = images.new_empty(batch, rows, columns, channels) if of_images else None
-        points_slope = images.new_zeros(POINTS**2, channels, len(kernel)) if of_kernel else None
+        points_slope = None
         for part in _parts(images):
             products_slope = _from_points_transposed(slope[part])
-            if points_slope is not None:
-                points_slope.baddbmm_(_to_points(images[part]).transpose(1, 2), products_slope)
-            if points is not None and images_slope is not None:
+            if of_kernel:
+                pixels = _to_points(images[part]).transpose(1, 2)
+                if points_slope is None:
+                    points_slope = torch.bmm(pixels, products_slope)
+                else:
+                    points_slope.baddbmm_(pixels, products_slope)
+            if images_slope is not None:
                 tiles_slope = torch.bmm(products_slope, points.transpose(1, 2))
                 images_slope[part] = _to_points_transposed(tiles_slope, rows, columns)
         return (
@@ -239,5 +242,5 @@ def _kernel_to_points(kernel: Tensor) -> Tensor:
 
 def _kernel_to_points_transposed(slope: Tensor) -> Tensor:
     """``(points, channels, filters)`` to ``(filters, channels, 3, 3)``."""
-    half = _along_second(_KERNEL_TO_POINTS.T, slope.unflatten(0, (POINTS, POINTS)))
+    half = _along_second(_KERNEL_TO_POINTS.T, slope.view(POINTS, POINTS, *slope.shape[1:]))
     return _along(_KERNEL_TO_POINTS.T, half).permute(3, 2, 1, 0)

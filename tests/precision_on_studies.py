@@ -1,9 +1,9 @@
 """What a number format changes: ``python tests/precision_on_studies.py benchmark/studies.csv --model MODEL``.
 
-Every study of a list (``pe-app phantom --benchmark``) is looked at in float32 with direct convolutions, in float32 as it
-runs (``pe_app/winograd.py``), and in bfloat16 as it runs. Told are the AUC of
-the study probability, the AUC of the slab probability against the simulated emboli, how far the peaks of the attention
-move, in cells of the map, and the largest change of a probability.
+Every study of a list (``pe-app phantom --benchmark``) is looked at in float32 with direct convolutions, in float32 as
+it runs (``pe_app/winograd.py``), and in bfloat16 as it runs. Told are the AUC of the study probability, the AUC of the
+slab probability against the simulated emboli, how far the peaks of the attention move, in cells of the map, and the
+largest change of a probability.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def prepare(volume: Volume, lung: tuple[int, int], config: SlabConfig) -> NDArra
 
 def without_shortcuts(network: nn.Module) -> None:
     """Let every convolution of a network be direct from now on, in torch's default memory order."""
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    network.to(memory_format=torch.contiguous_format)
     for module in network.modules():
         if isinstance(module, Conv3x3):
             module.by_points = False
