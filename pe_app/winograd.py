@@ -117,7 +117,7 @@ def convolve(images: Tensor, kernel: Tensor) -> Tensor:
         ``(batch, filters, rows, columns)``, channels last in memory: that of
         ``torch.nn.functional.conv2d(images, kernel, padding=1)`` but for rounding.
     """
-    results: Tensor = _Convolution.apply(images, kernel)  # type: ignore[no-untyped-call]
+    results: Tensor = _Convolution.apply(images, kernel)
     return results
 
 
@@ -125,14 +125,14 @@ class _Convolution(torch.autograd.Function):
     """Both ways of the convolution; the way back is the same algorithm transposed, with as few products."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, images: Tensor, kernel: Tensor) -> Tensor:
         points = _kernel_to_points(kernel)
         ctx.save_for_backward(images, points)
         batch, _, rows, columns = images.shape
         results = images.new_empty(batch, rows, columns, len(kernel))
         for part in _parts(images):
-            products = torch.bmm(_to_points(images[part]), points)
+            products = torch.bmm(_to_points(images[part]), points.transpose(1, 2))
             results[part] = _from_points(products, rows, columns)
         return results.permute(0, 3, 1, 2)
 
@@ -148,13 +148,12 @@ class _Convolution(torch.autograd.Function):
         for part in _parts(images):
             products_slope = _from_points_transposed(slope[part])
             if of_kernel:
-                pixels = _to_points(images[part]).transpose(1, 2)
-                if points_slope is None:
-                    points_slope = torch.bmm(pixels, products_slope)
-                else:
-                    points_slope.baddbmm_(pixels, products_slope)
+                pixels, filters = _to_points(images[part]), products_slope.transpose(1, 2)
+                points_slope = (
+                    torch.bmm(filters, pixels) if points_slope is None else points_slope.baddbmm_(filters, pixels)
+                )
             if images_slope is not None:
-                tiles_slope = torch.bmm(products_slope, points.transpose(1, 2))
+                tiles_slope = torch.bmm(products_slope, points)
                 images_slope[part] = _to_points_transposed(tiles_slope, rows, columns)
         return (
             None if images_slope is None else images_slope.permute(0, 3, 1, 2),
@@ -235,12 +234,12 @@ def _from_points_transposed(slope: Tensor) -> Tensor:
 
 
 def _kernel_to_points(kernel: Tensor) -> Tensor:
-    """``(filters, channels, 3, 3)`` to ``(points, channels, filters)``."""
-    half = _along(_KERNEL_TO_POINTS, kernel.permute(3, 2, 1, 0))
+    """``(filters, channels, 3, 3)`` to ``(points, filters, channels)``."""
+    half = _along(_KERNEL_TO_POINTS, kernel.permute(3, 2, 0, 1))
     return _along_second(_KERNEL_TO_POINTS, half).flatten(0, 1)
 
 
 def _kernel_to_points_transposed(slope: Tensor) -> Tensor:
-    """``(points, channels, filters)`` to ``(filters, channels, 3, 3)``."""
+    """``(points, filters, channels)`` to ``(filters, channels, 3, 3)``."""
     half = _along_second(_KERNEL_TO_POINTS.T, slope.view(POINTS, POINTS, *slope.shape[1:]))
-    return _along(_KERNEL_TO_POINTS.T, half).permute(3, 2, 1, 0)
+    return _along(_KERNEL_TO_POINTS.T, half).permute(2, 3, 1, 0)
