@@ -260,7 +260,10 @@ class _Steps:
         )
 
     def encode(self) -> Step:
-        """Limit: the convolutions' operations at the rate of the best matrix product in the same number format."""
+        """Limit: the operations of direct convolutions at the rate of the best matrix product in the number format.
+
+        Some are computed with fewer operations (``pe_app/winograd.py``), so more than the whole limit can be reached.
+        """
         return Step(
             "encode",
             self._best(lambda: self.detector.encode(self.slabs)),
@@ -269,7 +272,7 @@ class _Steps:
         )
 
     def classify(self) -> Step:
-        """Limit: as of ``encode``."""
+        """Limit: as of ``encode``, in float32."""
         features = self.features.float()[None]
 
         def plainly() -> None:
@@ -280,7 +283,7 @@ class _Steps:
             "classify",
             self._best(lambda: self.detector.classify(self.features)),
             self._best(plainly, repeats=1),
-            self.limits.compute(self._classifier_operations, self.dtype),
+            self.limits.compute(self._classifier_operations, torch.float32),
         )
 
     def attention(self) -> Step:
