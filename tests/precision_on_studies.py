@@ -2,8 +2,8 @@
 
 Every study of a list (``pe-app phantom --benchmark``) is looked at in float32 with direct convolutions, in float32 as
 it runs (``pe_app/winograd.py``), and in bfloat16 as it runs. Told are the AUC of the study probability, the AUC of the
-slab probability against the simulated emboli, how far the peaks of the attention move, in cells of the map, and the
-largest change of a probability.
+slab probability against the simulated emboli, how far the peaks of the attention move, in cells of the map, the
+largest change of a probability, and which candidates stay within a cell of where they were.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from sklearn.metrics import roc_auc_score
 
 from pe_app.allocation import keep_freed_memory
 from pe_app.bench.textbook import without_shortcuts
+from pe_app.detection import find_candidates
 from pe_app.detector import Detector, default_model
 from pe_app.errors import InputError
 from pe_app.lungs import lung_range
+from pe_app.slab_encoder import normalised
 from pe_app.slabs import study_slabs
 from pe_app.studies import read_studies
 from pe_app.volume_io import read_mask, read_volume
@@ -46,6 +48,8 @@ def main() -> None:
     labels: list[bool] = []
     painted: list[np.ndarray] = []
     found: dict[str, list[tuple[float, np.ndarray, np.ndarray, float]]] = {name: [] for name in FORMATS}
+    places: dict[str, list[np.ndarray]] = {name: [] for name in FORMATS}
+    cell_mm = 0.0
     for study in studies:
         volume = read_volume(study.path)
         config = detectors[DIRECT].slabs
@@ -64,6 +68,10 @@ def main() -> None:
             features, probability = detector.encode(slabs)
             maps = detector.attention(features)
             found[name].append((detector.classify(features), probability, maps, features.float().numpy()[::7]))
+            shown, grid = normalised(torch.from_numpy(maps)).numpy(), slabs.to_volume(maps)
+            candidates = find_candidates(shown, probability, grid, slabs.slice_index.tolist())
+            places[name].append(np.array([one.centre_lps_mm for one in candidates]).reshape(-1, 3))
+            cell_mm = max(grid.spacing_mm)
         print(f"{len(labels)} of {len(studies)}", file=sys.stderr, flush=True)
     print(f"| | {' | '.join(FORMATS)} |\n|---|{'---|' * len(FORMATS)}")
     inside = np.concatenate(painted)
@@ -84,6 +92,10 @@ def main() -> None:
         "peak moves, mean of all": [moved[name].mean() for name in FORMATS],
         "peak stays, share of all": [(moved[name] == 0).mean() for name in FORMATS],
     }
+    rows["candidates"] = [sum(map(len, places[name])) for name in FORMATS]
+    rows["candidates that are in direct float32, too"] = [
+        _kept(places[name], places[DIRECT], cell_mm) for name in FORMATS
+    ]
     for title, values in rows.items():
         print(f"| {title} | " + " | ".join(f"{value:.5f}" for value in values) + " |")
     print(f"\n{len(labels)} studies, {len(inside)} slabs, {np.count_nonzero(inside)} with an embolus")
@@ -92,6 +104,12 @@ def main() -> None:
 def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     places = [np.stack(np.unravel_index(m.reshape(len(m), -1).argmax(1), m.shape[1:])) for m in (one, other)]
     return np.hypot(*(places[0] - places[1]))
+
+
+def _kept(places: list[np.ndarray], plain: list[np.ndarray], cell_mm: float) -> int:
+    """Candidates that have one of the plain way's within a cell."""
+    distances = [np.linalg.norm(one[:, None] - other, axis=2) for one, other in zip(places, plain, strict=True)]
+    return sum(int((each.min(1, initial=np.inf) <= cell_mm).sum()) for each in distances)
 
 
 def _most(values: dict[str, np.ndarray], name: str) -> float:
