@@ -89,9 +89,8 @@ def _detections(series: Path, repeats: int) -> None:
         detectors.append(detector)
     seconds = _seconds([lambda each=each: each.detect(volume) for each in detectors], max(2, repeats // 2))
     print("\n| a detection, read already | direct | at points |\n|---|---|---|")
-    print(
-        f"| float32 | {seconds[0]:.2f} s | {seconds[1]:.2f} s |\n| as it runs | {seconds[2]:.2f} s | {seconds[3]:.2f} s |"
-    )
+    print(f"| float32 | {seconds[0]:.2f} s | {seconds[1]:.2f} s |")
+    print(f"| as it runs | {seconds[2]:.2f} s | {seconds[3]:.2f} s |")
 
 
 def _seconds(ways: list[Callable[[], object]], repeats: int) -> list[float]:
