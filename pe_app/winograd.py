@@ -106,6 +106,13 @@ class Conv3x3(nn.Conv2d):
         return tiles >= FEWEST_TILES and products >= FEWEST_PRODUCTS.get(direct, math.inf)
 
 
+def choose(network: nn.Module, *, by_points: bool) -> None:
+    """Set ``by_points`` of all convolutions of a network."""
+    for module in network.modules():
+        if isinstance(module, Conv3x3):
+            module.by_points = by_points
+
+
 def convolve(images: Tensor, kernel: Tensor) -> Tensor:
     """Convolution by points, differentiable once.
 

@@ -21,7 +21,7 @@ from pe_app.allocation import keep_freed_memory
 from pe_app.bench.measure import write_phantom_series
 from pe_app.detector import Detector, default_model
 from pe_app.volume_io import read_volume
-from pe_app.winograd import Conv3x3, convolve
+from pe_app.winograd import choose, convolve
 
 LAYERS = ((50, 512, 768, 24), (50, 192, 768, 12), (25, 512, 512, 24), (8, 512, 512, 24), (25, 256, 256, 24))
 """Images, channels, filters, side."""
@@ -83,9 +83,7 @@ def _detections(series: Path, repeats: int) -> None:
         detector = Detector.load(model) if (model := default_model()) else Detector.untrained()
         detector.precision = precision  # type: ignore[assignment]
         for network in (detector.encoder, detector.classifier):
-            for module in network.modules():
-                if isinstance(module, Conv3x3):
-                    module.by_points = by_points
+            choose(network, by_points=by_points)
         detectors.append(detector)
     seconds = _seconds([lambda each=each: each.detect(volume) for each in detectors], max(2, repeats // 2))
     print("\n| a detection, read already | direct | at points |\n|---|---|---|")

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from pe_app import winograd
 from pe_app.detector import STARTER_MODEL, Detector, ModelCard, TrainingRecord
 from pe_app.errors import InputError
 from pe_app.phantom import PhantomConfig, make_phantom
@@ -19,7 +20,6 @@ from pe_app.slab_encoder import EncoderConfig
 from pe_app.slabs import SlabConfig
 from pe_app.study_classifier import ClassifierConfig
 from pe_app.volume import Volume
-from pe_app.winograd import Conv3x3
 
 SLABS = SlabConfig(matrix=128, crop=64, slab_count=12)
 RECORD = TrainingRecord(
@@ -95,9 +95,7 @@ def test_the_fast_way_says_the_same_as_direct_float32_and_points_to_the_same_pla
     for precision, by_points in (("float32", False), ("float32", True), ("bfloat16", True)):
         whole.precision = precision
         for network in (whole.encoder, whole.classifier):
-            for module in network.modules():
-                if isinstance(module, Conv3x3):
-                    module.by_points = by_points
+            winograd.choose(network, by_points=by_points)
         found.append(whole.detect(phantom.volume).detection)
     plain, points, fast = found
     assert points.probability == pytest.approx(plain.probability, abs=1e-4)

@@ -138,9 +138,7 @@ def test_the_encoder_learns_the_same_either_way(small):
     for by_points in (True, False):
         torch.manual_seed(0)
         encoder = SlabEncoder(EncoderConfig(width=4)).double()
-        for module in encoder.modules():
-            if isinstance(module, Conv3x3):
-                module.by_points = by_points
+        winograd.choose(encoder, by_points=by_points)
         encoded = encoder(made(2, 5, 64, 64))
         (encoded.logits[:, 1].sum() + encoder.attention_map(encoded.features).square().sum()).backward()
         networks.append(encoder)

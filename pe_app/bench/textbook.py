@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from pe_app import winograd
 from pe_app.losses import AttentionLoss, attention_loss
 from pe_app.slab_encoder import SlabEncoder, normalised
 from pe_app.slabs import SlabConfig
 from pe_app.study_classifier import ConvLSTM, StudyClassifier
 from pe_app.volume import Volume
-from pe_app.winograd import Conv3x3
 
 
 def read_series(folder: Path) -> NDArray[np.float64]:
@@ -64,9 +64,7 @@ def prepare(volume: Volume, lung: tuple[int, int], config: SlabConfig) -> NDArra
 def without_shortcuts(network: nn.Module) -> None:
     """Let every convolution of a network be direct from now on, in torch's default memory order."""
     network.to(memory_format=torch.contiguous_format)
-    for module in network.modules():
-        if isinstance(module, Conv3x3):
-            module.by_points = False
+    winograd.choose(network, by_points=False)
 
 
 def encode(encoder: SlabEncoder, slabs: Tensor) -> tuple[Tensor, Tensor]:
