@@ -171,13 +171,13 @@ def test_a_detection_does_not_round_the_hu_of_a_slab_and_training_may(encoder):
     slabs = ((hu + 1024) / 1524)[:, None, None, None].expand(2, 5, 64, 48)
     assert slabs[0, 0, 0, 0].bfloat16() == slabs[1, 0, 0, 0].bfloat16()
     seen = []
-    encoder.bn1.register_forward_hook(lambda _module, _images, stem: seen.append(stem))
+    encoder.bn1.register_forward_hook(lambda _module, _images, stem: seen.append(stem))  # the ReLU works in place
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         encoder.eval()(slabs)
         encoder.train()(slabs)
     seen_by_a_detection, seen_in_training = seen
     exact = nn.functional.conv2d(slabs, encoder.conv1.weight, stride=2, padding=3)
-    exact = exact / (1 + encoder.bn1.eps) ** 0.5  # what a fresh normalisation does in evaluation
+    exact = exact.relu() / (1 + encoder.bn1.eps) ** 0.5  # what a fresh normalisation does in evaluation
     torch.testing.assert_close(seen_by_a_detection, exact)
     assert not torch.equal(seen_by_a_detection[0], seen_by_a_detection[1])
     assert torch.equal(seen_in_training[0], seen_in_training[1])
