@@ -45,6 +45,7 @@ from monailabel.utils.async_tasks import utils as tasks
 from starlette.exceptions import HTTPException
 
 import pe_app
+from pe_app.allocation import keep_freed_memory
 from pe_app.errors import InputError, TooLarge
 from pe_app.progress import Cancelled
 
@@ -158,6 +159,7 @@ def _tell_tasks() -> None:
 
 @asynccontextmanager
 async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
+    keep_freed_memory()  # pe-app did; MONAI Label's own command does not
     instance = app_instance()
     instance.server_mode(True)
     instance.models.current()
