@@ -24,8 +24,8 @@ POINTS = TILE + 2
 
 FEWEST_PRODUCTS = {torch.float32: 96, torch.bfloat16: 150}
 """Products for each number that is carried over or back, ``channels * filters / (channels + filters)``, from which on
-fewer products are less time: measured against a direct convolution in float32, and in bfloat16 where autocast would
-take that, on two cores with AVX-512."""
+fewer products take no more time: measured against a direct convolution in float32, and in bfloat16 where autocast would
+take that, on two cores with AVX-512 (``tests/convolution_speed.py``)."""
 
 FEWEST_TILES = 64
 """For fewer, carrying the kernel over costs more than the products that it saves."""
