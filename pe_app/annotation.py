@@ -9,76 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeGuard, cast, get_args
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pe_app.annotation_record import (
+    AnnotatedImage,
+    AnnotationRecord,
+    CandidateDecision,
+    Reading,
+    ReviewedSlice,
+    State,
+)
 from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.lungs import SliceRange, lung_range
 from pe_app.segmentation import Segment, on_grid, read_segment, write_segment
 from pe_app.volume import Volume
 
-State = Literal["embolism", "none", "uncertain"]
-"""What a reader says of a slice. There is no word for "not looked at": such a slice is not listed."""
-
-SCHEMA = "pe-annotation/1"
 TAG = "PE.Review"
-LONGEST_READER = 64
 
-_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class ReviewedSlice:
-    r"""One slice that a reader looked at.
-
-    Attributes:
-        slice_index: 0 is nearest the feet.
-        z_mm: LPS z of its centre; shows when the index is counted otherwise.
-        state: what the reader saw.
-        reader: who; at most 64 printable characters without ``|``, ``"`` and ``\``.
-        time: when, ISO 8601 in UTC; "" where unknown.
-
-    Raises:
-        InputError: if a value has another type or lies outside its range.
-    """
-
-    slice_index: int
-    z_mm: float
-    state: State
-    reader: str = ""
-    time: str = ""
-
-    def __post_init__(self) -> None:
-        if not _is_integer(self.slice_index) or self.slice_index < 0:
-            raise InputError(f"slice_index must be an integer from 0 on, got {reprlib.repr(self.slice_index)}")
-        where = f"slice {self.slice_index}"
-        if not _is_number(self.z_mm) or not -1e6 < self.z_mm < 1e6:
-            raise InputError(f"{where}: z_mm must be a number of millimetres, got {reprlib.repr(self.z_mm)}")
-        if self.state not in get_args(State):
-            states = ", ".join(get_args(State))
-            raise InputError(f"{where}: unknown state {reprlib.repr(self.state)}; the states are {states}")
-        if not isinstance(self.reader, str) or len(self.reader) > LONGEST_READER:
-            raise InputError(f"{where}: reader must be a name of at most {LONGEST_READER} characters")
-        # '|' separates the tags of a .seg.nrrd; its header readers disagree on escaped quotes
-        if not self.reader.isprintable() or set('|"\\') & set(self.reader):
-            raise InputError(f'{where}: reader {self.reader!a} must be printable and without | " and \\')
-        if not isinstance(self.time, str) or (self.time and not _is_utc(self.time)):
-            raise InputError(
-                f"{where}: time must be ISO 8601 in UTC like 2024-05-31T08:15:00Z, got {reprlib.repr(self.time)}"
-            )
-        object.__setattr__(self, "z_mm", float(self.z_mm))
+REACH_MM = 25.0
+"""How far outside of a CT a candidate's centre may lie: two cells of the attention map."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +48,11 @@ class SparseAnnotation:
         shape: slices, rows, columns of the CT.
         spacing_mm: its spacing, in the same order.
         slices: sorted by ``slice_index``, each slice once.
-        masks: the outline ``(rows, columns)`` of every slice with embolism, and of no other; read-only.
+        masks: the outline ``(rows, columns)`` of every slice with embolism but those that were ``not_outlined``, and of
+            no other; read-only.
+        decisions: what readers decided on the model's candidates, one per model and candidate.
+        note: of the study as a whole.
+        reading: how it was read.
 
     Raises:
         InputError: if slices and masks contradict each other or do not fit the CT's shape.
@@ -101,38 +63,35 @@ class SparseAnnotation:
     spacing_mm: tuple[float, float, float]
     slices: tuple[ReviewedSlice, ...]
     masks: Mapping[int, NDArray[np.bool_]]
+    decisions: tuple[CandidateDecision, ...] = ()
+    note: str = ""
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         x, y, z = (float(step) for step in self.spacing_mm)
         object.__setattr__(self, "spacing_mm", (x, y, z))
         slices = tuple(sorted(self.slices, key=lambda reviewed: reviewed.slice_index))
+        decisions = tuple(sorted(self.decisions, key=lambda decision: (decision.model_sha256, decision.rank)))
         for reviewed, following in pairwise(slices):
             if reviewed.slice_index == following.slice_index:
                 raise InputError(f"annotation: slice {reviewed.slice_index} is listed twice")
-        if slices and slices[-1].slice_index >= self.shape[0]:
-            raise InputError(
-                f"annotation: slice {slices[-1].slice_index} does not exist, the slices are 0 to {self.shape[0] - 1}"
-            )
-        positive = {reviewed.slice_index for reviewed in slices if reviewed.state == "embolism"}
-        masks = {index: np.array(self.masks[index], dtype=bool) for index in sorted(self.masks)}
-        for index, mask in masks.items():
-            if index not in positive:
-                raise InputError(f"annotation: there is an outline on slice {index}, which is not listed as embolism")
-            if mask.shape != self.shape[1:]:
-                raise InputError(f"annotation: the mask of slice {index} is {mask.shape}, not {self.shape[1:]}")
-            mask.setflags(write=False)
-        for index in sorted(positive):
-            if index not in masks or not masks[index].any():
-                raise InputError(
-                    f"annotation: slice {index} is listed as embolism but nothing is outlined on it; outline the "
-                    "embolism or mark the slice as uncertain"
-                )
+        for one, other in pairwise(decisions):
+            if (one.model_sha256, one.rank) == (other.model_sha256, other.rank):
+                raise InputError(f"annotation: two decisions on candidate {one.rank} of model {one.model_sha256[:12]}")
+        named = [*(reviewed.slice_index for reviewed in slices), *(decision.slice_index for decision in decisions)]
+        if max(named, default=0) >= self.shape[0]:
+            raise InputError(f"annotation: slice {max(named)} does not exist, the slices are 0 to {self.shape[0] - 1}")
         object.__setattr__(self, "slices", slices)
-        object.__setattr__(self, "masks", MappingProxyType(masks))
+        object.__setattr__(self, "decisions", decisions)
+        object.__setattr__(self, "masks", MappingProxyType(_checked_masks(slices, self.masks, self.shape)))
 
     def __reduce__(self) -> tuple[type[SparseAnnotation], tuple[object, ...]]:
         """To another process it goes by its fields; a read-only mapping cannot go."""
-        return type(self), (self.image_sha256, self.shape, self.spacing_mm, self.slices, dict(self.masks))
+        masks = dict(self.masks)
+        return type(self), (
+            *(self.image_sha256, self.shape, self.spacing_mm, self.slices, masks),
+            *(self.decisions, self.note, self.reading),
+        )
 
     @classmethod
     def empty(cls, volume: Volume) -> SparseAnnotation:
@@ -168,7 +127,8 @@ class SparseAnnotation:
 
         Args:
             reviewed: the reader's word.
-            mask: ``(rows, columns)``, the outline; needed for embolism, refused (unless empty) for other states.
+            mask: ``(rows, columns)``, the outline; needed for embolism that is not ``not_outlined``, refused (unless
+                empty) for all others.
         """
         index = reviewed.slice_index
         others = tuple(other for other in self.slices if other.slice_index != index)
@@ -217,15 +177,23 @@ class SparseAnnotation:
                     f"annotation: slice {reviewed.slice_index} is said to lie at z {reviewed.z_mm:.2f} mm, but in "
                     f"{volume.name} it lies at {place:.2f}; count slices from the feet"
                 )
+        reach = REACH_MM / np.array(volume.spacing_mm)
+        for decision in self.decisions:
+            index = volume.to_index(np.array([decision.centre_lps_mm]))[0]
+            if (index < -reach).any() or (index > np.array(volume.shape) - 1 + reach).any():
+                centre = ", ".join(f"{mm:.1f}" for mm in decision.centre_lps_mm)
+                raise InputError(
+                    f"annotation: candidate {decision.rank} is said to lie at ({centre}) mm, outside of {volume.name}; "
+                    "places are in LPS, x to the left and y to the back"
+                )
 
     def to_json(self) -> dict[str, object]:
-        """The reviewed slices as plain JSON, schema ``pe-annotation/1``; the outlines travel as ``.seg.nrrd``."""
-        image = {"sha256": self.image_sha256, "size": list(self.shape), "spacing_mm": list(self.spacing_mm)}
-        return {"schema": SCHEMA, "image": image, "slices": [asdict(reviewed) for reviewed in self.slices]}
+        """All but the outlines as plain JSON, schema ``pe-annotation/2``; the outlines travel as ``.seg.nrrd``."""
+        return self._record().to_json()
 
     @classmethod
     def from_json(cls, payload: object, masks: Mapping[int, NDArray[np.bool_]]) -> SparseAnnotation:
-        """The annotation that ``to_json`` wrote, from whatever arrived.
+        """The annotation that ``to_json`` wrote, or an older program, from whatever arrived.
 
         Args:
             payload: decoded JSON of any shape; unknown keys are ignored.
@@ -234,22 +202,17 @@ class SparseAnnotation:
         Raises:
             InputError: naming the first value that is not as it must be.
         """
-        body = _mapping(payload, "the annotation")
-        if body.get("schema") != SCHEMA:
-            found = reprlib.repr(body.get("schema"))
-            raise InputError(f"annotation: unknown schema {found}, expected {SCHEMA!r}; update the older program")
-        image = _image(body)
-        sha256 = image.get("sha256")
-        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise InputError(f"annotation: image.sha256 must be 64 hexadecimal digits, got {reprlib.repr(sha256)}")
-        spacing = _three(image.get("spacing_mm"), "image.spacing_mm")
-        if not all(_is_number(step) and 0 < step < 1e6 for step in spacing):
-            raise InputError(f"annotation: image.spacing_mm must be positive numbers, got {reprlib.repr(spacing)}")
-        entries = body.get("slices")
-        if not isinstance(entries, list):
-            raise InputError(f"annotation: slices must be a list, got {reprlib.repr(entries)}")
-        slices = tuple(_reviewed_slice(entry, number) for number, entry in enumerate(entries, start=1))
-        return cls(sha256, _image_size(image), cast(tuple[float, float, float], spacing), slices, masks)
+        return cls._of(AnnotationRecord.from_json(payload), masks)
+
+    @classmethod
+    def _of(cls, record: AnnotationRecord, masks: Mapping[int, NDArray[np.bool_]]) -> SparseAnnotation:
+        image = record.image
+        slices, decisions = tuple(record.slices), tuple(record.decisions)
+        return cls(image.sha256, image.size, image.spacing_mm, slices, masks, decisions, record.note, record.reading)
+
+    def _record(self, mask_sha256: str | None = None) -> AnnotationRecord:
+        image = AnnotatedImage(self.image_sha256, self.shape, self.spacing_mm)
+        return AnnotationRecord(image, list(self.slices), list(self.decisions), self.note, self.reading, mask_sha256)
 
     def write(self, path: Path, volume: Volume) -> None:
         """Write ``path`` (.json) and the .seg.nrrd beside it, each all or nothing, the .json last.
@@ -264,9 +227,8 @@ class SparseAnnotation:
         voxels = np.zeros(self.shape, dtype=np.uint8)
         for index, mask in self.masks.items():
             voxels[index] = mask
-        review = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        write_segment(volume.with_voxels(voxels), segmentation_path(path), {TAG: review})
-        payload = {**self.to_json(), "mask_sha256": _masks_sha256(self.masks)}
+        write_segment(volume.with_voxels(voxels), segmentation_path(path), {TAG: _tag(self.to_json())})
+        payload = self._record(_masks_sha256(self.masks)).to_json()
         write_durably(path, json.dumps(payload, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
     @classmethod
@@ -285,16 +247,16 @@ class SparseAnnotation:
         segment = read_segment(segmentation)
         payload = _tagged_json(segment, path) if alone else _json(path.name, _text(path))
         masks = slice_masks(segment.mask.voxels if volume is None else on_grid(segment.mask, volume))
-        expected = payload.get("mask_sha256") if isinstance(payload, dict) else None
         try:
-            if volume is None and masks and segment.mask.shape != _image_size(_image(payload)):
+            record = AnnotationRecord.from_json(payload)
+            if volume is None and masks and segment.mask.shape != record.image.size:
                 raise InputError(f"{segmentation.name} holds a part of the grid only; give its CT too")
-            if expected is not None and expected != _masks_sha256(masks):
+            if record.mask_sha256 is not None and record.mask_sha256 != _masks_sha256(masks):
                 raise InputError(
                     f"the outlines in {segmentation.name} are of another save (was one interrupted?); that file holds "
                     "the reviewed slices of its own save too: read it alone"
                 )
-            annotation = cls.from_json(payload, masks)
+            annotation = cls._of(record, masks)
         except InputError as error:
             raise InputError(f"{path.name}: {error}") from error
         if volume is not None:
@@ -338,13 +300,62 @@ def slice_schedule(volume: Volume, every_mm: float = 10.0, lung: SliceRange | No
     return tuple(sorted({volume.nearest_slice(z_mm) for z_mm in places}))
 
 
+def _checked_masks(
+    slices: Sequence[ReviewedSlice], outlines: Mapping[int, NDArray[np.bool_]], shape: tuple[int, int, int]
+) -> dict[int, NDArray[np.bool_]]:
+    """The outlines, read-only: one on every slice that is outlined, and on no other."""
+    listed = {reviewed.slice_index: reviewed for reviewed in slices}
+    masks = {index: np.array(outlines[index], dtype=bool) for index in sorted(outlines)}
+    for index, mask in masks.items():
+        if index not in listed or listed[index].state != "embolism":
+            raise InputError(f"annotation: there is an outline on slice {index}, which is not listed as embolism")
+        if listed[index].not_outlined:
+            raise InputError(f"annotation: there is an outline on slice {index}, which is listed as not_outlined")
+        if mask.shape != shape[1:]:
+            raise InputError(f"annotation: the mask of slice {index} is {mask.shape}, not {shape[1:]}")
+        mask.setflags(write=False)
+    for index, reviewed in listed.items():
+        if reviewed.outlined and (index not in masks or not masks[index].any()):
+            raise InputError(
+                f"annotation: slice {index} is listed as embolism but nothing is outlined on it; outline the "
+                "embolism, or mark the slice as embolism that is not outlined, or as uncertain"
+            )
+    return masks
+
+
+def _tag(payload: Mapping[str, object]) -> str:
+    """An annotation's JSON as a tag of a segment; notes, which may hold anything, are percent-encoded there."""
+    return json.dumps(_with_notes(payload, _quoted), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _quoted(note: str) -> str:
+    return quote(note, safe=" ,.;:!?()[]{}'&/+-=*#@")
+
+
+def _with_notes(payload: object, change: Callable[[str], str]) -> object:
+    """An annotation's JSON with its notes changed; whatever is no note stays as it is."""
+    if not isinstance(payload, Mapping):
+        return payload
+    changed = _with_note(payload, change)
+    if isinstance(payload.get("slices"), list):
+        changed["slices"] = [
+            _with_note(entry, change) if isinstance(entry, Mapping) else entry for entry in payload["slices"]
+        ]
+    return changed
+
+
+def _with_note(entry: Mapping[str, object], change: Callable[[str], str]) -> dict[str, object]:
+    note = entry.get("note")
+    return {**entry, "note": change(note)} if isinstance(note, str) else dict(entry)
+
+
 def _tagged_json(segment: Segment, path: Path) -> object:
     if TAG not in segment.tags:
         raise InputError(
-            f"{path.name}: does not say which slices were reviewed (no tag {TAG}), and an empty slice may be one that "
-            "nobody looked at; give the .json, or review its slices first"
+            f"{path.name}: does not record which slices were reviewed (no tag {TAG}), and an empty slice may be one "
+            "that nobody looked at; give the .json, or review its slices first"
         )
-    return _json(f"{path.name}, tag {TAG}", segment.tags[TAG])
+    return _with_notes(_json(f"{path.name}, tag {TAG}", segment.tags[TAG]), unquote)
 
 
 def _text(path: Path) -> str:
@@ -362,62 +373,6 @@ def _json(name: str, text: str) -> object:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: is not valid JSON ({error}); was it edited or cut off?") from error
     return payload
-
-
-def _reviewed_slice(entry: object, number: int) -> ReviewedSlice:
-    fields = _mapping(entry, f"entry {number} of slices")
-    absent = [field for field in ("slice_index", "z_mm", "state") if field not in fields]
-    if absent:
-        raise InputError(f"annotation: entry {number} of slices lacks {absent[0]}")
-    known = {field: fields[field] for field in ReviewedSlice.__dataclass_fields__ if field in fields}
-    try:
-        return ReviewedSlice(**known)  # type: ignore[arg-type]  # ReviewedSlice checks the types itself
-    except InputError as error:
-        raise InputError(f"annotation: entry {number} of slices: {error}") from error
-
-
-def _mapping(value: object, what: str) -> dict[object, object]:
-    if not isinstance(value, dict):
-        raise InputError(f"annotation: {what} must be a JSON object, got {reprlib.repr(value)}")
-    return value
-
-
-def _image(payload: object) -> dict[object, object]:
-    return _mapping(_mapping(payload, "the annotation").get("image"), "image")
-
-
-def _image_size(image: Mapping[object, object]) -> tuple[int, int, int]:
-    size = _three(image.get("size"), "image.size")
-    if not all(_is_integer(count) and 0 < count < 2**16 for count in size):
-        raise InputError(f"annotation: image.size must be counts of voxels, got {reprlib.repr(size)}")
-    return cast(tuple[int, int, int], size)
-
-
-def _three(value: object, what: str) -> tuple[object, object, object]:
-    if not isinstance(value, list) or len(value) != 3:
-        raise InputError(
-            f"annotation: {what} must be a list of three (slices, rows, columns), got {reprlib.repr(value)}"
-        )
-    x, y, z = value
-    return x, y, z
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_utc(text: str) -> bool:
-    if not _TIME.fullmatch(text):
-        return False
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:  # a 31st of February
-        return False
-    return True
 
 
 def _masks_sha256(masks: Mapping[int, NDArray[np.bool_]]) -> str:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import UID, SegmentationStorage
 
-from pe_app.annotation import LONGEST_READER, SparseAnnotation
+from pe_app.annotation import SparseAnnotation
+from pe_app.annotation_record import LONGEST_READER
 from pe_app.dicom_series import last_line
 from pe_app.errors import InputError
 from pe_app.segmentation import on_grid

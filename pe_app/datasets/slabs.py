@@ -230,9 +230,9 @@ class _Wish:
 
 
 def _embolism_targets(source: StudySource, config: SlabConfig) -> dict[int, NDArray[np.float32]]:
-    """Targets of the slices marked "embolism", by slice index."""
+    """Targets of the slices on which embolism is outlined, by slice index."""
     name = source.study.study
-    indices = _reviewed(source, "embolism")
+    indices = [reviewed.slice_index for reviewed in source.reviewed or () if reviewed.outlined]
     annotation = source.annotation() if indices else None
     if annotation is None:
         return {}

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from pe_app import distributed
-from pe_app.annotation import ReviewedSlice, SparseAnnotation
+from pe_app.annotation import SparseAnnotation
+from pe_app.annotation_record import ReviewedSlice
 from pe_app.errors import InputError
 from pe_app.files import write_durably
 from pe_app.progress import Progress, ProgressCallback, silent

@@ -24,7 +24,7 @@ Send = Callable[[], requests.Response]
 Bad = tuple[str, Send, Sequence[int]]
 
 ANNOTATIONS: Mapping[str, Sequence[object]] = {
-    "schema": [None, "pe-annotation/2", 1, ["pe-annotation/1"]],
+    "schema": [None, "pe-annotation/3", 1, ["pe-annotation/2"]],
     "image": [None, {}, [], "x", 5],
     "slices": [None, {}, [5], [[]], [{}, {}, {}], "x"],
 }

@@ -141,7 +141,7 @@ def read_annotation(payload: object, source: Path, volume: Volume) -> SparseAnno
         InputError: if they contradict each other or belong to other voxels.
     """
     if not isinstance(payload, dict):
-        raise InputError("annotation: expected a JSON object of schema pe-annotation/1")
+        raise InputError("annotation: expected a JSON object of schema pe-annotation/2")
     if not source.name.endswith(".nrrd"):
         mask = read_mask(source, volume)
         masks = {index: plane != 0 for index, plane in enumerate(mask.voxels) if plane.any()}

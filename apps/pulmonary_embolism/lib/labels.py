@@ -105,7 +105,7 @@ class Labels:
         current = SparseAnnotation.read(path) if path else None
         return (
             current is not None
-            and (current.image_sha256, current.slices) == (annotation.image_sha256, annotation.slices)
+            and current.to_json() == annotation.to_json()
             and all(bool((current.masks[index] == mask).all()) for index, mask in annotation.masks.items())
         )
 
@@ -124,7 +124,7 @@ class Labels:
         counts = (len(annotation.slices), list(still_open), len(facts.schedule) - len(still_open))
         own = {
             **dict(zip(COUNTS, counts, strict=True)),
-            "embolism": bool(annotation.masks),
+            "embolism": any(reviewed.state == "embolism" for reviewed in annotation.slices),
             "slices": dict(Counter(reviewed.state for reviewed in annotation.slices)),
         }
         tag = DRAFT if still_open else FINAL

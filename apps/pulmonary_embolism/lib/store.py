@@ -288,8 +288,8 @@ class StudyStore(LocalDatastore):
             image_id: the study.
             label_filename: a file with the outlines; its ending tells the format.
             label_tag: a name; of an annotation, the store decides it.
-            label_info: finite JSON. ``annotation``: the reviewed slices, schema ``pe-annotation/1``. ``based_on``: the
-                revision that was edited, None where there was none; leave it out to save in any case.
+            label_info: finite JSON. ``annotation``: the reviewed slices, schema ``pe-annotation/2`` or 1. ``based_on``:
+                the revision that was edited, None where there was none; leave it out to save in any case.
 
         Returns:
             ``tag`` and ``revision`` of the version that counts now; of an annotation also ``accepted`` and ``reviewed``
