@@ -37,7 +37,7 @@ lint: install
 # single slices likewise, and CTs that are painted into and only looked at in the end:
 #   make starter-model BACKGROUNDS="CT ..." SLICES="FOLDER ..." HELD_OUT="CT,ARTERIES ..."
 starter-model: install
-	$(BIN)/python -m pe_app.starter --work runs/starter --out pe_app/models/starter.safetensors \
+	$(BIN)/python -m pe_app.research.starter --work runs/starter --out pe_app/weights/starter.safetensors \
 		$(foreach b,$(BACKGROUNDS),--background $(b)) $(foreach s,$(SLICES),--slices $(s)) \
 		$(foreach h,$(HELD_OUT),--held-out $(h))
 

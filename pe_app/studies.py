@@ -17,8 +17,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
-from pe_app.errors import InputError
-from pe_app.files import write_durably
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
 
 Label = Literal["positive", "negative", "uncertain", ""]
 """Of a whole study, mined from its report or read by a person; "" is unknown."""

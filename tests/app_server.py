@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import requests
 
-from pe_app.annotation import SparseAnnotation
+from pe_app.annotation.sparse import SparseAnnotation
+from pe_app.ct.volume import Volume, axial_affine
+from pe_app.ct.volume_io import read_volume, write_volume
 from pe_app.phantom import Phantom, PhantomConfig, make_phantom
-from pe_app.volume import Volume, axial_affine
-from pe_app.volume_io import read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "apps" / "pulmonary_embolism"

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pe_app.detection import Detection, Evidence, ExtentEstimate, ImageIdentity, ModelIdentity, find_candidates
-from pe_app.detector import DetectionResult
-from pe_app.quality import Reason
-from pe_app.volume import Volume
-from pe_app.volume_io import read_volume
+from pe_app.ct.quality import Reason
+from pe_app.ct.volume import Volume
+from pe_app.ct.volume_io import read_volume
+from pe_app.model.detection import Detection, Evidence, ExtentEstimate, ImageIdentity, ModelIdentity, find_candidates
+from pe_app.model.detector import DetectionResult
 
 SLICES, ROWS, COLUMNS = 24, 40, 32
 MARK_HU = 777

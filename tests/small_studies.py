@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pe_app.annotation import SparseAnnotation
-from pe_app.slab_encoder import EncoderConfig
-from pe_app.slabs import SlabConfig
+from pe_app.annotation.sparse import SparseAnnotation
+from pe_app.ct.slabs import SlabConfig
+from pe_app.ct.volume import Volume, axial_affine
+from pe_app.ct.volume_io import write_volume
+from pe_app.model.slab_encoder import EncoderConfig
+from pe_app.model.study_classifier import ClassifierConfig
 from pe_app.studies import Study
-from pe_app.study_classifier import ClassifierConfig
-from pe_app.volume import Volume, axial_affine
-from pe_app.volume_io import write_volume
 
 SLABS = SlabConfig(matrix=64, crop=64, slab_count=6)
 ENCODER = EncoderConfig(width=8)

@@ -13,13 +13,13 @@ import pytest
 from app_server import chest, running_server
 from scipy.spatial import cKDTree
 
-from pe_app.annotation import SparseAnnotation
-from pe_app.detector import Detector
-from pe_app.roc import auc
-from pe_app.slab_encoder import EncoderConfig
-from pe_app.slabs import SlabConfig
-from pe_app.study_classifier import ClassifierConfig
-from pe_app.volume_io import write_volume
+from pe_app.annotation.sparse import SparseAnnotation
+from pe_app.ct.slabs import SlabConfig
+from pe_app.ct.volume_io import write_volume
+from pe_app.evaluation.roc import auc
+from pe_app.model.detector import Detector
+from pe_app.model.slab_encoder import EncoderConfig
+from pe_app.model.study_classifier import ClassifierConfig
 
 pytestmark = pytest.mark.skipif(
     sys.version_info >= (3, 13), reason="MONAI Label's own client needs cgi of Python < 3.13"

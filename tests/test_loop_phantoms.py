@@ -14,15 +14,15 @@ from app_server import running_server
 from scipy.spatial import cKDTree
 from test_loop import label_train_and_detect
 
-from pe_app.annotation import SparseAnnotation, slice_schedule
-from pe_app.detector import Detector
+from pe_app.annotation.sparse import SparseAnnotation, slice_schedule
+from pe_app.ct.slabs import SlabConfig
+from pe_app.ct.volume_io import write_volume
+from pe_app.evaluation.roc import auc
+from pe_app.model.detector import Detector
+from pe_app.model.slab_encoder import EncoderConfig
+from pe_app.model.study_classifier import ClassifierConfig
 from pe_app.phantom import PhantomConfig, make_phantom
-from pe_app.roc import auc
-from pe_app.slab_encoder import EncoderConfig
-from pe_app.slabs import SlabConfig
 from pe_app.studies import Study, write_studies
-from pe_app.study_classifier import ClassifierConfig
-from pe_app.volume_io import write_volume
 
 pytestmark = [
     pytest.mark.slow,

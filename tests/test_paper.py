@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pe_app.losses import AttentionLoss
-from pe_app.slab_encoder import EncoderConfig, SlabEncoder
-from pe_app.slabs import SlabConfig
-from pe_app.study_classifier import ClassifierConfig, StudyClassifier
+from pe_app.ct.slabs import SlabConfig
+from pe_app.model.losses import AttentionLoss
+from pe_app.model.slab_encoder import EncoderConfig, SlabEncoder
+from pe_app.model.study_classifier import ClassifierConfig, StudyClassifier
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 from pe_app.studies import (
     Study,
     annotated,

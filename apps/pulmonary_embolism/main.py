@@ -25,9 +25,9 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 import pe_app
-from pe_app.detection import NOTICE
-from pe_app.errors import InputError
-from pe_app.review import STRATEGIES
+from pe_app.annotation.review import STRATEGIES
+from pe_app.common.errors import InputError
+from pe_app.model.detection import NOTICE
 
 logger = logging.getLogger(__name__)
 

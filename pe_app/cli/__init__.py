@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 
 import pe_app
-from pe_app.allocation import keep_freed_memory
 from pe_app.cli.bench import bench
 from pe_app.cli.cohort import calibrate, compare, evaluate, label_reports, phantom
 from pe_app.cli.detecting import detect
@@ -37,7 +36,8 @@ from pe_app.cli.store import (
 from pe_app.cli.tokens import add, list_, revoke
 from pe_app.cli.train import classifier, encoder, end_to_end
 from pe_app.cli.watching import watch
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
+from pe_app.common.memory import keep_freed_memory
 
 app = typer.Typer(
     name="pe-app",

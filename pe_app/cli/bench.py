@@ -24,7 +24,7 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    from pe_app.bench.measure import STEPS, measure_memory, run_bench
+    from pe_app.research.bench.measure import STEPS, measure_memory, run_bench
 
     with progress_bars() as progress:
         found = run_bench(series, torch.device(device), step or STEPS, repeats, progress)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pe_app.cli.options import Model, StudyList, progress_bars
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 
 
 class Burden(StrEnum):
@@ -40,7 +40,7 @@ def phantom(
     import os
 
     from pe_app.phantom import PhantomConfig, write_phantom_studies
-    from pe_app.phantom.benchmark import BenchmarkConfig, write_benchmark
+    from pe_app.research.benchmark import BenchmarkConfig, write_benchmark
 
     processes = workers or os.cpu_count() or 1
     if not benchmark and studies is None:
@@ -65,8 +65,8 @@ def label_reports(
     studies: Annotated[Path | None, typer.Option(help="Study list to fill in: labels that are there stay.")] = None,
 ) -> None:
     """Mine study labels from radiology reports: positive, negative or uncertain, with the sentence that decided."""
-    from pe_app.report_labels import label_reports as write_labels
-    from pe_app.report_labels import label_studies, read_labels
+    from pe_app.reports.report_labels import label_reports as write_labels
+    from pe_app.reports.report_labels import label_studies, read_labels
     from pe_app.studies import read_studies, write_studies
 
     with progress_bars() as progress:
@@ -92,10 +92,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of bootstrap intervals and pictures.")] = 0,
 ) -> None:  # fmt: skip
     """How good models are on the test studies of a list: AUC, operating points, calibration, where they look."""
-    from pe_app.detector import default_model
-    from pe_app.evaluation import EvaluationSettings
-    from pe_app.evaluation import evaluate as judge
-    from pe_app.evaluation_page import summary, write_evaluation
+    from pe_app.evaluation.evaluate import EvaluationSettings
+    from pe_app.evaluation.evaluate import evaluate as judge
+    from pe_app.evaluation.report import summary, write_evaluation
+    from pe_app.model.detector import default_model
     from pe_app.studies import read_studies
 
     models = [path for path in (model or default_model(), *(more or ())) if path is not None]
@@ -136,11 +136,11 @@ def compare(
     """The paper's Table 1 and scenarios on a study list, and options beyond it. Goes on where it was interrupted."""
     from dataclasses import replace
 
-    from pe_app.comparison.page import summary, write_comparison
-    from pe_app.comparison.run import compare as train_and_ask
-    from pe_app.comparison.run import finished
-    from pe_app.comparison.systems import SYSTEMS, Plan, choose_systems, small_plan
-    from pe_app.phantom.benchmark import read_truth_table
+    from pe_app.research.benchmark import read_truth_table
+    from pe_app.research.comparison.page import summary, write_comparison
+    from pe_app.research.comparison.run import compare as train_and_ask
+    from pe_app.research.comparison.run import finished
+    from pe_app.research.comparison.systems import SYSTEMS, Plan, choose_systems, small_plan
     from pe_app.studies import read_studies
 
     plan = Plan() if size is Size.FULL else small_plan(matrix, crop, slab_count)
@@ -172,8 +172,8 @@ def calibrate(
                                                       "is to find. [default: the threshold stays 0.5]")] = None,
 ) -> None:  # fmt: skip
     """Choose a model's temperature and threshold on the validation studies of a list and keep them in its file."""
-    from pe_app.calibrating import calibrate as choose
     from pe_app.studies import read_studies
+    from pe_app.training.calibration import calibrate as choose
 
     with progress_bars() as progress:
         decision = choose(read_studies(studies), model, out, sensitivity, progress)

@@ -25,12 +25,12 @@ from pe_app.cli.options import (
     progress_bars,
 )
 from pe_app.cli.results import Dicom, Send, dicom_publisher
-from pe_app.errors import InputError, UnfitStudy
+from pe_app.common.errors import InputError, UnfitStudy
 
 if TYPE_CHECKING:
-    from pe_app.batch import BatchStudy, Finished, Found
-    from pe_app.detector import Detector
-    from pe_app.worklist import Outcome
+    from pe_app.model.detector import Detector
+    from pe_app.results.batch import BatchStudy, Finished, Found
+    from pe_app.results.worklist import Outcome
 
 EXIT_INCOMPLETE = 4
 EXIT_STOPPED = 130
@@ -62,9 +62,9 @@ def detect(
     Exit code 0: analysed, every one. 3: refused, at least one. 4: at least one of many could not be read or analysed,
     or one was not published as DICOM. 2: nothing was done, the message says why.
     """
-    from pe_app.batch import find_studies
-    from pe_app.detector import Detector, default_model
-    from pe_app.quality import read_limits
+    from pe_app.ct.quality import read_limits
+    from pe_app.model.detector import Detector, default_model
+    from pe_app.results.batch import find_studies
 
     found = find_studies(studies)
     if series and not found.single:
@@ -91,10 +91,10 @@ def _one(
     as_json: bool,
     full_resolution: bool,
 ) -> None:
-    from pe_app.batch import Finished
-    from pe_app.detector import DetectionResult
-    from pe_app.result_files import verdict, write_result
-    from pe_app.volume_io import read_volume
+    from pe_app.ct.volume_io import read_volume
+    from pe_app.model.detector import DetectionResult
+    from pe_app.results.batch import Finished
+    from pe_app.results.result_files import verdict, write_result
 
     volume = None
     try:
@@ -142,8 +142,8 @@ def _many(
     as_json: bool,
     full_resolution: bool,
 ) -> None:
-    from pe_app.batch import PAGE, run_batch
-    from pe_app.worklist import Share
+    from pe_app.results.batch import PAGE, run_batch
+    from pe_app.results.worklist import Share
 
     for line in found.said:
         typer.echo(line, err=True)

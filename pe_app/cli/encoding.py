@@ -16,7 +16,7 @@ from pe_app.cli.options import (
     progress_bars,
     tell_once,
 )
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 
 
 def encode(
@@ -32,10 +32,10 @@ def encode(
 
     On several GPUs or machines: torchrun ... -m pe_app encode ...
     """
-    from pe_app import distributed
-    from pe_app.datasets import encode_sources, encoder_key, feature_bytes, read_sources
-    from pe_app.detector import Detector
+    from pe_app.common import distributed
+    from pe_app.model.detector import Detector
     from pe_app.studies import missing, read_studies
+    from pe_app.training.datasets import encode_sources, encoder_key, feature_bytes, read_sources
 
     listed = read_studies(studies)
     if gone := [path for path in missing(listed) if path in {study.path for study in listed}]:

@@ -12,7 +12,7 @@ from pe_app.cli.options import Accept, Limits, Refuse, progress_bars
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pe_app.importing import ImportLine
+    from pe_app.pacs.importing import ImportLine
 
 ROWS_SHOWN = 200
 
@@ -34,9 +34,9 @@ def import_(
     """Convert the DICOM of many patients into a folder of studies: one series a study, every other one with why not."""
     import os
 
-    from pe_app.errors import InputError
-    from pe_app.importing import ImportSettings, Pseudonyms, import_studies, read_key
-    from pe_app.quality import read_limits
+    from pe_app.common.errors import InputError
+    from pe_app.ct.quality import read_limits
+    from pe_app.pacs.importing import ImportSettings, Pseudonyms, import_studies, read_key
 
     if deidentify != (key is not None):
         raise InputError("--deidentify and --key FILE belong together: pseudonyms need a key, and nothing else does")

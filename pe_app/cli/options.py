@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pe_app.errors import InputError
-from pe_app.progress import Progress, ProgressCallback, silent
+from pe_app.common.errors import InputError
+from pe_app.common.progress import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
-    from pe_app.datasets import Preparation
-    from pe_app.dicomweb import Access
+    from pe_app.pacs.dicomweb import Access
+    from pe_app.training.datasets import Preparation
 
 EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
@@ -56,7 +56,7 @@ def archive_access(url: str, user: str, password_file: Path | None, ca: Path | N
     Raises:
         InputError: if the address is not valid, or there is a user without a password.
     """
-    from pe_app.dicomweb import Access
+    from pe_app.pacs.dicomweb import Access
 
     password = os.environ.get("PE_ARCHIVE_PASSWORD", "")
     if password_file is not None:
@@ -98,8 +98,8 @@ def preparation(workers: int | None, cache_limit: str) -> Preparation:
     Raises:
         InputError: if the limit is none.
     """
-    from pe_app import distributed
-    from pe_app.datasets import Preparation
+    from pe_app.common import distributed
+    from pe_app.training.datasets import Preparation
 
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])B", cache_limit, re.IGNORECASE)
     if cache_limit and not size:
@@ -110,7 +110,7 @@ def preparation(workers: int | None, cache_limit: str) -> Preparation:
 
 def reading_ahead(workers: int | None) -> int:
     """Processes that read items ahead of a training."""
-    from pe_app import distributed
+    from pe_app.common import distributed
 
     return distributed.worth_reading_ahead() if workers is None else workers if workers > 1 else 0
 

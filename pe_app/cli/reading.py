@@ -81,7 +81,7 @@ def demo(
     model: Model = None,
 ) -> None:
     """Two phantom studies, the real server, both detections with their pages."""
-    from pe_app.demo import run_demo, summary
+    from pe_app.research.demo import run_demo, summary
 
     with progress_bars() as progress:
         studies = run_demo(out, model, progress)

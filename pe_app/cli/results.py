@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pe_app.cli.options import ArchiveUser, CaFile, Model, PasswordFile, archive_access, progress_bars
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 
 if TYPE_CHECKING:
-    from pe_app.annotation import SparseAnnotation
-    from pe_app.batch import Finished
-    from pe_app.dicomweb import Access
+    from pe_app.annotation.sparse import SparseAnnotation
+    from pe_app.ct.volume import Volume
+    from pe_app.pacs.dicomweb import Access
+    from pe_app.results.batch import Finished
     from pe_app.studies import Study
-    from pe_app.volume import Volume
 
 Dicom = Annotated[bool, typer.Option("--dicom", help="Also write DICOM objects, for a PACS, into the folder dicom.")]
 Send = Annotated[str, typer.Option("--send", metavar="URL", help="Send the objects to this DICOMweb archive, too; what "
@@ -28,9 +28,9 @@ def dicom_publisher(dicom: bool, access: Access | None) -> Callable[[Finished], 
     """What ``detect`` does with a study whose files are written: DICOM objects into FOLDER/dicom, and to an archive."""
     if not dicom and access is None:
         return None
-    from pe_app.dicom_results import write_dicom_results
-    from pe_app.dicom_results.sending import send
-    from pe_app.dicomweb import Archive
+    from pe_app.pacs.dicomweb import Archive
+    from pe_app.pacs.sending import send
+    from pe_app.results.dicom import write_dicom_results
 
     archive = Archive(access) if access else None
 
@@ -52,7 +52,7 @@ def import_seg(
     reader: Annotated[str, typer.Option(help="Who drew it. [default: the content creator in each file]")] = "",
 ) -> None:  # fmt: skip
     """Outlines drawn elsewhere (DICOM SEG) become annotations of the studies they were drawn on."""
-    from pe_app.segmentation_import import Imported, import_segmentations, parse_reviewed
+    from pe_app.annotation.dicom_seg import Imported, import_segmentations, parse_reviewed
 
     def tell(imported: Imported) -> None:
         typer.echo(f"{imported.study}: {imported.embolism} slices with embolism, {imported.none} without: "
@@ -116,11 +116,11 @@ def export_seg(
     ca: CaFile = None,
 ) -> None:
     """A reader's outlines as DICOM SEG, in the study they belong to."""
-    from pe_app.annotation import SparseAnnotation
-    from pe_app.dicom_results import write_reader_segmentation
-    from pe_app.dicom_results.sending import send as send_files
-    from pe_app.dicomweb import Archive
-    from pe_app.volume_io import read_volume
+    from pe_app.annotation.sparse import SparseAnnotation
+    from pe_app.ct.volume_io import read_volume
+    from pe_app.pacs.dicomweb import Archive
+    from pe_app.pacs.sending import send as send_files
+    from pe_app.results.dicom import write_reader_segmentation
 
     access = archive_access(send, user, password_file, ca) if send else None
     volume = read_volume(study, series=series)
@@ -140,8 +140,8 @@ def export_bundle(
     model: Model = None,
 ) -> None:
     """The model as a MONAI Bundle, which runs with 'python -m monai.bundle run'."""
-    from pe_app.bundle import write_bundle
-    from pe_app.detector import default_model
+    from pe_app.model.bundle import write_bundle
+    from pe_app.model.detector import default_model
 
     chosen = model or default_model()
     if chosen is None:

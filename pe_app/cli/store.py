@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 
 if TYPE_CHECKING:
     from lib.models import Models

@@ -122,14 +122,14 @@ def encoder(
 
     On several GPUs or machines: torchrun ... -m pe_app train encoder ...
     """
-    from pe_app import distributed
-    from pe_app.datasets import Augmentation
-    from pe_app.losses import AttentionLoss
-    from pe_app.slab_encoder import EncoderConfig
-    from pe_app.slabs import SlabConfig
+    from pe_app.common import distributed
+    from pe_app.ct.slabs import SlabConfig
+    from pe_app.model.losses import AttentionLoss
+    from pe_app.model.slab_encoder import EncoderConfig
+    from pe_app.model.study_classifier import ClassifierConfig
     from pe_app.studies import read_studies
-    from pe_app.study_classifier import ClassifierConfig
-    from pe_app.training import EncoderTraining, train_encoder
+    from pe_app.training.datasets import Augmentation
+    from pe_app.training.stages import EncoderTraining, train_encoder
 
     slabs = SlabConfig(
         matrix=matrix, crop=crop, slab_count=slab_count, slab_spacing=slab_spacing.value, hu_window=hu_window
@@ -197,9 +197,9 @@ def classifier(
 
     On several GPUs or machines: torchrun ... -m pe_app train classifier ...
     """
-    from pe_app import distributed
+    from pe_app.common import distributed
     from pe_app.studies import read_studies
-    from pe_app.training import ClassifierTraining, train_classifier
+    from pe_app.training.stages import ClassifierTraining, train_classifier
 
     settings = ClassifierTraining(
         epochs=epochs,
@@ -242,9 +242,9 @@ def end_to_end(
     run_dir: RunDir = None,
 ) -> None:
     """Both stages together, after stage II has converged; not in the paper. Goes on where it was interrupted."""
-    from pe_app import distributed
-    from pe_app.fine_tuning import FineTuning, train_end_to_end
+    from pe_app.common import distributed
     from pe_app.studies import read_studies
+    from pe_app.training.fine_tuning import FineTuning, train_end_to_end
 
     settings = FineTuning(
         epochs=epochs,

@@ -26,7 +26,7 @@ from pe_app.cli.options import (
     progress_bars,
 )
 from pe_app.cli.results import Dicom, Send, dicom_publisher
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 
 
 def watch(
@@ -54,11 +54,11 @@ def watch(
 
     Ends at Ctrl-C or SIGTERM; the study at hand is done by the next run. Exit code 0 after --once.
     """
-    from pe_app.batch import PAGE, run_batch
-    from pe_app.detector import Detector, default_model
-    from pe_app.dicomweb import Archive
-    from pe_app.watching import WatchedArchive, WatchedFolder, WatchSettings
-    from pe_app.watching import watch as watch_source
+    from pe_app.model.detector import Detector, default_model
+    from pe_app.pacs.dicomweb import Archive
+    from pe_app.results.arrivals import WatchedArchive, WatchedFolder, WatchSettings
+    from pe_app.results.arrivals import watch as watch_source
+    from pe_app.results.batch import PAGE, run_batch
 
     in_archive = "://" in source
     if user and in_archive and send and urlsplit(send)[:2] != urlsplit(source)[:2]:

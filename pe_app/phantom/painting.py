@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from pe_app.errors import InputError
-from pe_app.lungs import find_lungs
+from pe_app.common.errors import InputError
+from pe_app.ct.lungs import find_lungs
+from pe_app.ct.quality import blood_hu
+from pe_app.ct.volume import Volume
 from pe_app.phantom.emboli import BURDENS, CLOT_HU, Embolus, clot_along
 from pe_app.phantom.scan import describe_emboli
 from pe_app.phantom.vessels import Points
-from pe_app.quality import blood_hu
-from pe_app.volume import Volume
 
 LARGEST_RADIUS_MM = 8.5
 """Thicker enhanced tubes may be aorta or heart; the main pulmonary arteries go with them."""

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from pe_app.ct.volume import PADDING_HU, Volume, axial_affine
 from pe_app.phantom.anatomy import LUNG_BOTTOM_MM, LUNG_TOP_MM, Field, Grain, Patient, Scan, layers, lung_depth
 from pe_app.phantom.emboli import BURDENS, BurdenName, Clot, Embolus, place_clots
 from pe_app.phantom.raster import Grid, Tubes
 from pe_app.phantom.vessels import Points, Tree, Vessels, grow_vessels
-from pe_app.volume import PADDING_HU, Volume, axial_affine
 
 SPACINGS_MM = {0.8: 0.05, 1.0: 0.25, 1.25: 0.2, 1.5: 0.15, 2.0: 0.15, 2.5: 0.12, 3.0: 0.05, 5.0: 0.03}
 """How often each slice spacing is drawn; most hospitals reconstruct 1 to 2.5 mm."""

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from pe_app.annotation import SparseAnnotation, slice_schedule
+from pe_app.annotation.sparse import SparseAnnotation, slice_schedule
+from pe_app.common.progress import Progress, ProgressCallback, silent
+from pe_app.common.worker_pool import Processes
+from pe_app.ct.volume_io import write_volume
 from pe_app.phantom.anatomy import Patient
 from pe_app.phantom.scan import PhantomConfig, make_phantom
-from pe_app.processes import Processes
-from pe_app.progress import Progress, ProgressCallback, silent
 from pe_app.studies import Label, Study, write_studies
-from pe_app.volume_io import write_volume
 
 Made = TypeVar("Made")
 

@@ -1,6 +1,6 @@
 """The fault campaign: the real server killed, starved, crowded and lied to, and what was acknowledged looked for after.
 
-``make campaign`` runs every part and ends with a table; a slice of it is an ordinary test (``tests/test_campaign.py``).
+``make campaign`` runs every part and ends with a table; a slice of it is a test (``tests/app/test_campaign.py``).
 
     zygote    the process that has imported the server and forks it, so that a start takes 0.2 s instead of 9
     world     studies, model, server and folders of one part; requests

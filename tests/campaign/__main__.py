@@ -16,7 +16,7 @@ from pathlib import Path
 from campaign import disk, inputs, kills, readers, rows
 from campaign.world import Row, Zygote, zygote_in
 from pe_app.cli.options import progress_bars
-from pe_app.progress import ProgressCallback
+from pe_app.common.progress import ProgressCallback
 
 PARTS = ("random", "every step", "starts", "disk", "inputs", "readers", "rows")
 

@@ -14,8 +14,8 @@ import requests
 
 from campaign.saves import KindOfSave, kinds_of_save, state
 from campaign.world import Row, World, Zygote, chest, snapshot, world_of
-from pe_app.progress import Progress, ProgressCallback
-from pe_app.volume_io import write_volume
+from pe_app.common.progress import Progress, ProgressCallback
+from pe_app.ct.volume_io import write_volume
 
 LEFT_KIB = (0, 4, 8, 12, 16, 24, 40)
 """What is left on the disk; a save takes about ten files of one page each."""

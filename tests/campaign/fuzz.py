@@ -29,8 +29,8 @@ QUIET = {
 
 def volumes(work: str, number: int, examples: int, out: str) -> None:
     """Change good files; runs in a fork."""
-    from pe_app.errors import InputError
-    from pe_app.volume_io import read_volume
+    from pe_app.common.errors import InputError
+    from pe_app.ct.volume_io import read_volume
 
     hu = chest(0).voxels[::4, ::4, ::4].copy()
     nifti = corpus._nifti(hu)

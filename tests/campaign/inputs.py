@@ -21,7 +21,7 @@ from campaign.attacks import REFUSED, Send
 from campaign.disk import sentence
 from campaign.journal import annotation
 from campaign.world import STUDIES, Row, World, Zygote, chest, template, world_of
-from pe_app.progress import Progress, ProgressCallback
+from pe_app.common.progress import Progress, ProgressCallback
 
 READ_SECONDS, READ_MIB = 20.0, 1024
 """What a refusal of a file may take at most."""
@@ -195,9 +195,9 @@ def _outcome(path: Path, result: Path) -> tuple[str, str, float, float]:
 
 
 def _read(path: Path, result: Path) -> None:
-    from pe_app.detector import Detector
-    from pe_app.errors import InputError
-    from pe_app.volume_io import read_volume
+    from pe_app.common.errors import InputError
+    from pe_app.ct.volume_io import read_volume
+    from pe_app.model.detector import Detector
 
     before = memory(os.getpid())
     try:

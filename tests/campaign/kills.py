@@ -12,7 +12,7 @@ import requests
 from campaign.journal import Journal, clients_at_work, pause
 from campaign.saves import kinds_of_save, state
 from campaign.world import Row, World, Zygote, world_of
-from pe_app.progress import Progress, ProgressCallback
+from pe_app.common.progress import Progress, ProgressCallback
 
 CLIENTS = 8
 LONGEST_LIFE = 3.0

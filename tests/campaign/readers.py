@@ -10,7 +10,7 @@ import numpy as np
 from campaign.journal import Journal, clients_at_work, pause
 from campaign.saves import state
 from campaign.world import STUDIES, Row, World, Zygote, world_of
-from pe_app.progress import Progress, ProgressCallback
+from pe_app.common.progress import Progress, ProgressCallback
 
 READERS = 8
 THINK_SECONDS = 0.4

@@ -20,9 +20,9 @@ from campaign.inputs import memory
 from campaign.journal import Journal, annotation, annotation_content, label_content, label_file, nrrd_bytes
 from campaign.world import STUDIES, Row, World, Zygote, chest, is_alive, world_of
 from campaign.zygote import descendants
-from pe_app.progress import Progress, ProgressCallback
-from pe_app.volume import Volume, axial_affine
-from pe_app.volume_io import write_volume
+from pe_app.common.progress import Progress, ProgressCallback
+from pe_app.ct.volume import Volume, axial_affine
+from pe_app.ct.volume_io import write_volume
 
 TRAINING = {
     "epochs": 400,
@@ -472,10 +472,10 @@ def _large(world: World) -> str:
 
 def make_large(folder: str) -> None:
     """The large CT, and a model with slabs of 384 x 384; run in a fork."""
-    from pe_app.detector import Detector
-    from pe_app.slab_encoder import EncoderConfig
-    from pe_app.slabs import SlabConfig
-    from pe_app.study_classifier import ClassifierConfig
+    from pe_app.ct.slabs import SlabConfig
+    from pe_app.model.detector import Detector
+    from pe_app.model.slab_encoder import EncoderConfig
+    from pe_app.model.study_classifier import ClassifierConfig
 
     small = chest(0).voxels
     hu = np.repeat(np.repeat(np.repeat(small, 13, 0)[:400], 8, 1), 8, 2)

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import requests
 
-from pe_app.volume import Volume, axial_affine
-from pe_app.volume_io import read_volume, write_volume
+from pe_app.ct.volume import Volume, axial_affine
+from pe_app.ct.volume_io import read_volume, write_volume
 
 TESTS = Path(__file__).resolve().parent.parent
 SPACING_MM = (5.0, 5.0, 5.0)
@@ -146,7 +146,7 @@ def make_template(folder: str) -> None:
     """Write them; run in a fork, which has torch."""
     from small_studies import CLASSIFIER, ENCODER, SLABS
 
-    from pe_app.detector import Detector
+    from pe_app.model.detector import Detector
 
     for number, study in enumerate(STUDIES):
         write_volume(chest(number), Path(folder) / "studies" / f"{study}.nrrd")

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pe_app.errors import InputError
-from pe_app.files import replacing
+from pe_app.common.errors import InputError
+from pe_app.common.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Which study a reader gets next: what is known of each, who holds it, and MONAI Label's strategies on top.
 
-The choice itself is ``pe_app.review``'s; here it meets the store, the detections and the leases.
+The choice itself is ``pe_app.annotation.review``'s; here it meets the store, the detections and the leases.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lib.store import StudyStore, review_of
 from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.tasks.strategy import Strategy as StrategyTask
 
-from pe_app.errors import InputError
-from pe_app.files import write_durably
-from pe_app.review import SliceToReview, Strategy, StudyState, rank_studies, slices_to_review
+from pe_app.annotation.review import SliceToReview, Strategy, StudyState, rank_studies, slices_to_review
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
 
 logger = logging.getLogger(__name__)
 

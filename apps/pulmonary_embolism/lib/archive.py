@@ -31,13 +31,13 @@ from lib.images import ImageFacts
 from lib.store import StudyStore
 from monailabel.datastore.local import ImageLabelModel
 
-from pe_app.dicomweb import Access, Archive, ArchiveSeries, Incomplete, Unavailable
-from pe_app.errors import InputError
-from pe_app.files import write_durably
-from pe_app.progress import Progress, ProgressCallback, silent
-from pe_app.source_series import source_path, write_source
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
+from pe_app.common.progress import Progress, ProgressCallback, silent
+from pe_app.ct.source_series import source_path, write_source
+from pe_app.ct.volume_io import read_volume, write_volume
+from pe_app.pacs.dicomweb import Access, Archive, ArchiveSeries, Incomplete, Unavailable
 from pe_app.studies import Study
-from pe_app.volume_io import read_volume, write_volume
 
 logger = logging.getLogger(__name__)
 

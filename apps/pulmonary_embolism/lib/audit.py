@@ -18,7 +18,7 @@ from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 
-from pe_app.files import append_durably
+from pe_app.common.files import append_durably
 
 logger = logging.getLogger(__name__)
 

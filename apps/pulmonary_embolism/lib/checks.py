@@ -16,11 +16,11 @@ from typing import Any
 
 import SimpleITK as sitk
 
-from pe_app.annotation import SparseAnnotation
-from pe_app.errors import InputError
-from pe_app.segmentation import read_segment
-from pe_app.volume import Volume
-from pe_app.volume_io import read_mask, volume_from_image
+from pe_app.annotation.seg_nrrd import read_segment
+from pe_app.annotation.sparse import SparseAnnotation
+from pe_app.common.errors import InputError
+from pe_app.ct.volume import Volume
+from pe_app.ct.volume_io import read_mask, volume_from_image
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd")
 LABEL_ENDINGS = (".seg.nrrd", *IMAGE_ENDINGS)

@@ -13,7 +13,7 @@ from lib.access import TokenFile
 from lib.guard import is_loopback
 from lib.limits import UPLOAD_BYTES
 
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pe_app.files import replacing, write_durably
+from pe_app.common.files import replacing, write_durably
 
 logger = logging.getLogger(__name__)
 

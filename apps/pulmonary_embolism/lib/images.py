@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pe_app
-from pe_app.annotation import slice_schedule
-from pe_app.errors import InputError
-from pe_app.files import write_durably
-from pe_app.quality import check_study
-from pe_app.volume import Volume
-from pe_app.volume_io import read_volume
+from pe_app.annotation.sparse import slice_schedule
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
+from pe_app.ct.quality import check_study
+from pe_app.ct.volume import Volume
+from pe_app.ct.volume_io import read_volume
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from monailabel.datastore.local import ImageLabelModel, LocalDatastoreModel
 
-from pe_app.files import write_durably
+from pe_app.common.files import write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -27,12 +27,12 @@ from lib.store import StudyStore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from pe_app.detection import CANDIDATE_THRESHOLD, Detection, ModelIdentity
-from pe_app.errors import InputError
-from pe_app.files import write_durably
-from pe_app.progress import Cancelled, Progress, ProgressCallback
-from pe_app.volume import Volume
-from pe_app.volume_io import image_from_volume, write_volume
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
+from pe_app.common.progress import Cancelled, Progress, ProgressCallback
+from pe_app.ct.volume import Volume
+from pe_app.ct.volume_io import image_from_volume, write_volume
+from pe_app.model.detection import CANDIDATE_THRESHOLD, Detection, ModelIdentity
 
 logger = logging.getLogger(__name__)
 

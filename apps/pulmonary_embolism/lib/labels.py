@@ -27,11 +27,11 @@ from lib.checks import LABEL_ENDINGS, check_inside, check_tag, finite_json, is_t
 from lib.history import History, Version, show
 from lib.images import Images
 
-from pe_app.annotation import SparseAnnotation
-from pe_app.errors import InputError
-from pe_app.files import write_durably
-from pe_app.volume import Volume
-from pe_app.volume_io import read_mask
+from pe_app.annotation.sparse import SparseAnnotation
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
+from pe_app.ct.volume import Volume
+from pe_app.ct.volume_io import read_mask
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """How much one request may take: of the network, of the memory, of the processor.
 
-What the header of an image promises is checked in ``pe_app.volume_io``, before a voxel is decompressed.
+What the header of an image promises is checked in ``pe_app.ct.volume_io``, before a voxel is decompressed.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pe_app.detection import ModelIdentity
-from pe_app.detector import Detector, default_model
-from pe_app.errors import InputError
-from pe_app.files import write_durably
-from pe_app.training_run import utc_now
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
+from pe_app.model.detection import ModelIdentity
+from pe_app.model.detector import Detector, default_model
+from pe_app.training.run import utc_now
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.task import AsyncTask
 from requests_toolbelt import MultipartEncoder
 
-from pe_app.errors import InputError
+from pe_app.common.errors import InputError
 
 router = APIRouter()
 

@@ -45,9 +45,9 @@ from monailabel.utils.async_tasks import utils as tasks
 from starlette.exceptions import HTTPException
 
 import pe_app
-from pe_app.allocation import keep_freed_memory
-from pe_app.errors import InputError, TooLarge
-from pe_app.progress import Cancelled
+from pe_app.common.errors import InputError, TooLarge
+from pe_app.common.memory import keep_freed_memory
+from pe_app.common.progress import Cancelled
 
 logger = logging.getLogger(__name__)
 

@@ -30,19 +30,19 @@ import torch
 from filelock import FileLock, Timeout
 from lib.models import Models
 
-from pe_app import distributed
-from pe_app.datasets import Augmentation, Preparation, encoder_key
-from pe_app.detector import Detector
-from pe_app.errors import InputError
-from pe_app.files import write_durably
-from pe_app.losses import AttentionLoss
-from pe_app.progress import Cancelled, Progress, ProgressCallback
-from pe_app.slab_encoder import EncoderConfig
-from pe_app.slabs import SlabConfig
+from pe_app.common import distributed
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
+from pe_app.common.progress import Cancelled, Progress, ProgressCallback
+from pe_app.ct.slabs import SlabConfig
+from pe_app.model.detector import Detector
+from pe_app.model.losses import AttentionLoss
+from pe_app.model.slab_encoder import EncoderConfig
+from pe_app.model.study_classifier import ClassifierConfig
 from pe_app.studies import Study, read_studies
-from pe_app.study_classifier import ClassifierConfig
-from pe_app.training import ClassifierTraining, EncoderTraining, train_classifier, train_encoder
-from pe_app.training_run import utc_now
+from pe_app.training.datasets import Augmentation, Preparation, encoder_key
+from pe_app.training.run import utc_now
+from pe_app.training.stages import ClassifierTraining, EncoderTraining, train_classifier, train_encoder
 
 logger = logging.getLogger(__name__)
 

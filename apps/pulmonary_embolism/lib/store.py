@@ -41,13 +41,13 @@ from lib.labels import ANNOTATION_LINE, COUNTS, DRAFT, FINAL, OWN, SEEN, STUDY_L
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
-from pe_app.annotation import SparseAnnotation
-from pe_app.errors import InputError
-from pe_app.files import replacing
-from pe_app.progress import ProgressCallback, silent
+from pe_app.annotation.sparse import SparseAnnotation
+from pe_app.common.errors import InputError
+from pe_app.common.files import replacing
+from pe_app.common.progress import ProgressCallback, silent
+from pe_app.ct.volume import Volume
+from pe_app.ct.volume_io import read_mask, write_volume
 from pe_app.studies import Label, Study, read_studies
-from pe_app.volume import Volume
-from pe_app.volume_io import read_mask, write_volume
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The trainings that clients ask for: one at a time in a process of its own, the others wait, and all are written down.
 
     STUDIES/.pe/runs/tasks.json          what was asked for, and how it ended
-    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training_run``, ``lib.stages``)
+    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training.run``, ``lib.stages``)
     STUDIES/.pe/encoder.safetensors      what stage I published, where stage II starts
     STUDIES/.pe/models/                  what is served (``lib.models``)
 
@@ -40,8 +40,8 @@ from lib.stages import (
 from lib.store import StudyStore
 from monailabel.interfaces.tasks.train import TrainTask
 
-from pe_app.errors import InputError
-from pe_app.files import write_durably
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
 from pe_app.studies import write_studies
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""What readers saw: reviewed slices, their outlines, and what to read next."""

@@ -1,0 +1,1 @@
+"""How good a model is on studies that it has not seen."""

@@ -1,6 +1,0 @@
-"""DICOM from discs, archives and folders into a folder of studies that the server offers."""
-
-from pe_app.importing.pseudonyms import Pseudonyms, read_key
-from pe_app.importing.run import COLUMNS, ImportLine, ImportSettings, import_studies
-
-__all__ = ["COLUMNS", "ImportLine", "ImportSettings", "Pseudonyms", "import_studies", "read_key"]

@@ -1,0 +1,1 @@
+"""Both networks, their losses, and a detection: what the model makes of a study."""

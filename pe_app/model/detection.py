@@ -1,0 +1,309 @@
+"""What the model says of a study: the noun that leaves the method for the command line, the server and Slicer.
+
+``Detection.to_json`` is the contract with every reader of results; its schema is ``pe-detection/2``. Files of schema 1,
+which lack sizes, places and the extent estimate, are still read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pe_app.ct.quality import Reason
+from pe_app.ct.volume import Volume
+
+SCHEMA = "pe-detection/2"
+SCHEMAS_READ = (SCHEMA, "pe-detection/1")
+NOTICE = "Research use only, not for diagnosis."
+
+CANDIDATE_THRESHOLD = 0.5
+"""Attention x slab probability from which a region is a candidate: nowhere in a slab that is rather without embolism
+[ours]. With 0.3, the model that ships found no more emboli and showed ten times as many false candidates."""
+
+MAX_CANDIDATES = 20
+"""More places than this help no reader; the strongest are kept [ours]."""
+
+Side = Literal["left", "right", "midline"]
+"""Of the patient; midline is between the lungs, nearer to neither, as the pulmonary trunk and a saddle embolus are."""
+
+Level = Literal["central", "peripheral"]
+"""Central is trunk, main and lobar arteries; peripheral is segmental arteries and beyond."""
+
+Point = tuple[float, float, float]
+Floats = NDArray[np.float32] | NDArray[np.float64]
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one slab contributes.
+
+    Attributes:
+        slab: 0 nearest the feet.
+        z_mm: LPS z of its middle.
+        slice_index: CT slice nearest to its middle.
+        probability: stage I's probability of embolism in this slab.
+        attention_peak: maximum of its un-normalised attention map; 0 where the map is empty.
+        peak_lps_mm: where that maximum lies; None where the map is empty.
+    """
+
+    slab: int
+    z_mm: float
+    slice_index: int
+    probability: float
+    attention_peak: float
+    peak_lps_mm: Point | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A connected region of attention: where to look. Ranked by ``peak * slab_probability``.
+
+    Attributes:
+        rank: 1 for the strongest.
+        z_mm: LPS z of its strongest cell's slab.
+        slice_index: CT slice nearest to it.
+        centre_lps_mm: attention-weighted centre of the region.
+        extent_mm: its box along (left-right, front-back, feet-head), whole cells of about 11 mm.
+        peak: attention at the strongest cell, 1 where it is its slab's maximum.
+        slab_probability: stage I's probability of that slab.
+        size_mm: the longest side of its box.
+        slices: CT slices of its lowest and its highest slab.
+        volume_ml: of its cells, whole ones; attention is wider than the clot it lies on.
+        side, level: where it lies (``candidate_places``); None where that is not known. As all fields from
+            ``size_mm`` on are in a file of schema 1.
+    """
+
+    rank: int
+    z_mm: float
+    slice_index: int
+    centre_lps_mm: Point
+    extent_mm: Point
+    peak: float
+    slab_probability: float
+    size_mm: float | None = None
+    slices: tuple[int, int] | None = None
+    volume_ml: float | None = None
+    side: Side | None = None
+    level: Level | None = None
+
+    @property
+    def place(self) -> str:
+        """Side and level in words, ``left, peripheral``; empty where neither is known."""
+        return ", ".join(word for word in (self.side, self.level) if word)
+
+
+@dataclass(frozen=True)
+class ExtentEstimate:
+    """How far attention reaches in a study. An estimate of extent and not a clot burden: no clot is outlined.
+
+    Attributes:
+        volume_ml: of all cells at or above the threshold of a candidate.
+        slab_share: share of the slabs, from the lung's lowest to its highest, that hold such a cell; 0 to 1.
+    """
+
+    volume_ml: float
+    slab_share: float
+
+
+@dataclass(frozen=True)
+class ImageIdentity:
+    """Which voxels were analysed: size (slices, rows, columns), spacing likewise, SHA-256 of the voxels."""
+
+    size: tuple[int, int, int]
+    spacing_mm: Point
+    sha256: str
+
+    @classmethod
+    def of(cls, volume: Volume) -> ImageIdentity:
+        """The identity of a CT."""
+        return cls(volume.shape, volume.spacing_mm, volume.sha256)
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model spoke: its card's name and version, the SHA-256 of its file, whether both stages are trained."""
+
+    name: str
+    version: str
+    sha256: str
+    trained: bool
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A study's probability with the evidence behind it, or the reasons why there is none.
+
+    Attributes:
+        status: ``refused`` when the method is not made for this study; then there is no probability.
+        reasons: everything a reader must know first: why it was refused, what limits it, what the model never saw.
+        probability: stage II's probability of embolism; None when refused.
+        threshold: probability from which the study counts as positive.
+        evidence: one entry a slab, feet to head; empty when refused.
+        candidates: ranked places to look at; empty when refused.
+        image: the voxels analysed.
+        model: the model that spoke.
+        seconds: duration of every step.
+        extent_estimate: how far attention reaches; None when refused, and in a file of schema 1.
+    """
+
+    status: Literal["analysed", "refused"]
+    reasons: tuple[Reason, ...]
+    probability: float | None
+    threshold: float
+    evidence: tuple[Evidence, ...]
+    candidates: tuple[Candidate, ...]
+    image: ImageIdentity
+    model: ModelIdentity
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    extent_estimate: ExtentEstimate | None = None
+
+    @property
+    def positive(self) -> bool | None:
+        """Whether the probability reaches the threshold; None when refused."""
+        return None if self.probability is None else self.probability >= self.threshold
+
+    def to_json(self) -> dict[str, object]:
+        """The detection as plain finite JSON, schema ``pe-detection/2``.
+
+        Raises:
+            ValueError: if a number is not finite; a result with such a number must not leave the method.
+        """
+        payload: dict[str, object] = {"schema": SCHEMA, "notice": NOTICE, **asdict(self), "positive": self.positive}
+        return _plain(payload)  # type: ignore[return-value]
+
+    @classmethod
+    def from_json(cls, payload: Mapping[str, object]) -> Detection:
+        """The detection that ``to_json`` wrote, now or with schema 1.
+
+        Raises:
+            ValueError: if the payload has another schema or lacks a field.
+        """
+        schema = payload.get("schema")
+        if schema not in SCHEMAS_READ:
+            raise ValueError(f"expected a detection of schema {' or '.join(SCHEMAS_READ)}, got {schema!r}")
+        try:
+            complete = payload if schema == SCHEMA else {"extent_estimate": None, **payload}
+            read: dict[str, object] = {name: complete[name] for name in cls.__dataclass_fields__}
+            read["reasons"] = tuple(_made(Reason, entry) for entry in _entries(payload, "reasons"))
+            read["evidence"] = tuple(_made(Evidence, entry) for entry in _entries(payload, "evidence"))
+            read["candidates"] = tuple(_made(Candidate, entry) for entry in _entries(payload, "candidates"))
+            read["image"] = _made(ImageIdentity, payload["image"])
+            read["model"] = _made(ModelIdentity, payload["model"])
+            extent = read["extent_estimate"]
+            read["extent_estimate"] = None if extent is None else _made(ExtentEstimate, extent)
+            return cls(**read)  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a complete detection of schema {schema}: {error}") from error
+
+
+def find_candidates(
+    attention: Floats,
+    slab_probability: Floats,
+    grid: Volume,
+    slice_index: Sequence[int],
+    threshold: float = CANDIDATE_THRESHOLD,
+) -> tuple[Candidate, ...]:
+    """Connected regions (26 neighbours) of ``attention * slab probability`` at or above a threshold, strongest first.
+
+    Args:
+        attention: ``(slabs, grid, grid)``, each map divided by its own maximum.
+        slab_probability: ``(slabs,)``.
+        grid: the coarse grid in patient space (``Slabs.to_volume``).
+        slice_index: CT slice of every slab.
+        threshold: above 0, at most 1.
+    """
+    weighted = attention * slab_probability[:, None, None]
+    regions = candidate_regions(weighted, threshold)
+    cell_mm = np.array(grid.spacing_mm)
+    cell_ml = float(cell_mm.prod()) / 1000
+    found = []
+    for rank, box in enumerate(ndimage.find_objects(regions), start=1):
+        cells = np.argwhere(regions == rank)
+        strength = weighted[tuple(cells.T)]
+        slab, row, column = cells[strength.argmax()]
+        centre = grid.to_lps_mm(np.average(cells, axis=0, weights=strength))
+        extent = np.array([side.stop - side.start for side in box]) * cell_mm
+        found.append(
+            Candidate(
+                rank=rank,
+                z_mm=float(grid.slice_z_mm[slab]),
+                slice_index=int(slice_index[slab]),
+                centre_lps_mm=_point(centre),
+                extent_mm=_point(extent[::-1]),
+                peak=float(attention[slab, row, column]),
+                slab_probability=float(slab_probability[slab]),
+                size_mm=float(extent.max()),
+                slices=(int(slice_index[box[0].start]), int(slice_index[box[0].stop - 1])),
+                volume_ml=len(cells) * cell_ml,
+            )
+        )
+    return tuple(found)
+
+
+def candidate_regions(weighted: Floats, threshold: float = CANDIDATE_THRESHOLD) -> NDArray[np.int32]:
+    """The cells of every candidate: its rank, 0 elsewhere.
+
+    Args:
+        weighted: ``(slabs, grid, grid)``, attention times slab probability.
+        threshold: above 0, at most 1.
+    """
+    regions, count = ndimage.label(weighted >= threshold, structure=np.ones((3, 3, 3)))
+    peaks = ndimage.maximum_position(weighted, regions, range(1, count + 1))
+    strongest_first = sorted(range(count), key=lambda k: (-float(weighted[peaks[k]]), peaks[k][0]))
+    rank_of = np.zeros(count + 1, np.int32)
+    for rank, k in enumerate(strongest_first[:MAX_CANDIDATES], start=1):
+        rank_of[k + 1] = rank
+    ranks: NDArray[np.int32] = rank_of[regions]
+    return ranks
+
+
+def estimate_extent(
+    attention: Floats, slab_probability: Floats, grid: Volume, threshold: float = CANDIDATE_THRESHOLD
+) -> ExtentEstimate:
+    """How far ``attention * slab probability`` at or above a threshold reaches; arguments as ``find_candidates``."""
+    strong = attention * slab_probability[:, None, None] >= threshold
+    cell_ml = float(np.prod(grid.spacing_mm)) / 1000
+    return ExtentEstimate(float(strong.sum()) * cell_ml, float(strong.any(axis=(1, 2)).mean()))
+
+
+def _point(values: Floats) -> Point:
+    x, y, z = (float(value) for value in values)
+    return x, y, z
+
+
+def _plain(value: object) -> object:
+    """Numbers as Python's own, rounded to what they mean, and finite; tuples as lists."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number):
+        raise ValueError(f"a detection holds a number that is not finite: {number}")
+    return float(f"{number:.6g}")
+
+
+def _entries(payload: Mapping[str, object], name: str) -> list[object]:
+    entries = payload[name]
+    if not isinstance(entries, list):
+        raise TypeError(f"{name} must be a list")
+    return entries
+
+
+def _made(kind: type[Made], entry: object) -> Made:
+    """A JSON object as one of our nouns, its lists (points, sizes) as tuples again."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"expected an object for {kind.__name__}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})

@@ -1,0 +1,1 @@
+"""Radiology reports become study labels."""

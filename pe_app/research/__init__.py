@@ -1,0 +1,1 @@
+"""What a hospital never calls: the paper's comparison and baselines, benchmarks, the starter model's recipe."""

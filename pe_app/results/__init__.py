@@ -1,0 +1,1 @@
+"""Detections as people and programs open them: files, pages, worklists, DICOM."""

@@ -1,0 +1,1 @@
+"""Both stages learn: prepared data, run folders, the loop, calibration."""

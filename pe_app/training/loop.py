@@ -1,0 +1,304 @@
+"""The loop that both trainings share: passes over training and validation, each epoch kept by the run when it ends.
+
+Everything random in an epoch comes from the seed and the epoch's number, so nothing random has to be kept in between.
+Where several processes train together (``distributed``), each takes its part of every batch; what is random is drawn
+for the whole batch and means are those of the whole batch, so they learn what one process alone would learn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from pe_app.common import distributed
+from pe_app.common.errors import InputError
+from pe_app.common.progress import Progress
+from pe_app.training.datasets import SlabItem, StudyItem
+from pe_app.training.run import Metrics, TrainingRun
+
+logger = logging.getLogger(__name__)
+
+Columns = dict[str, Tensor]
+"""What is known of every item of a batch or pass, ``(items,)`` each: losses, logit, label, ..."""
+
+Schedule = Literal["constant", "cosine"]
+"""How the learning rate goes from epoch to epoch."""
+
+Item = TypeVar("Item", SlabItem, StudyItem)
+
+
+class LoopSettings(Protocol):
+    """What the loop needs of a training's settings."""
+
+    @property
+    def batch(self) -> int:
+        """Items a step."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training side."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first epoch."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the learning rate."""
+
+    @property
+    def fresh_statistics(self) -> bool:
+        """Whether batch normalisation's running statistics are estimated anew before validation."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that read items ahead."""
+
+    @property
+    def seed(self) -> int:
+        """Of order, augmentation and dropout."""
+
+
+def fit(
+    run: TrainingRun,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    sides: tuple[Dataset[Item], Dataset[Item]],
+    score: Callable[[Item, torch.Generator | None], Columns],
+    settings: LoopSettings,
+) -> None:
+    """Train the epochs that are not done yet, and keep each when it ends.
+
+    Args:
+        run: the training; says where to go on, keeps the epochs, tells the progress.
+        network: what is trained; on its device.
+        optimiser: of its parameters.
+        sides: training and validation.
+        score: judges a batch: ``loss``, ``logit``, ``label`` and whatever else of every item is to be averaged; gets a
+            generator for random changes while training, None while validating.
+        settings: of the training.
+
+    Raises:
+        InputError: if the loss is not finite any more.
+    """
+    with distributed.normalising_whole_batches(network):
+        judge = _Judge(network, score)
+        several = distributed.size() > 1
+        learner = DistributedDataParallel(judge) if several else judge
+        for epoch in range(len(run.state.history) + 1, settings.epochs + 1):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(settings, epoch)
+            metrics = _epoch(run, epoch, judge, learner, optimiser, sides, settings)
+            run.finish_epoch(network, optimiser, metrics)
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "epoch")
+            if distributed.is_main():
+                logger.info("%s: epoch %d of %d: %s", run.task, epoch, settings.epochs, figures)
+
+
+def _epoch(
+    run: TrainingRun,
+    epoch: int,
+    judge: _Judge[Item],
+    learner: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    sides: tuple[Dataset[Item], Dataset[Item]],
+    settings: LoopSettings,
+) -> Metrics:
+    """One pass over training and one over validation, and how they went."""
+    device = next(judge.parameters()).device
+    clock = _Clock()
+    steps = [math.ceil(len(side) / settings.batch) for side in sides]  # type: ignore[arg-type]
+    done, total = (epoch - 1) * sum(steps), settings.epochs * sum(steps)
+    columns: list[Columns] = []
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "epoch", epoch))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(derived_seed(settings.seed, "dropout", epoch))  # dropout knows no generator of its own
+        for side, training in zip(sides, (True, False), strict=True):
+            if settings.fresh_statistics and not training:
+                _estimate_statistics(judge, sides[0], settings)
+            scored = []
+            for batch in clock.waiting_for(_batches(side, settings, device, generator if training else None)):
+                column = _learn(learner, optimiser, batch, generator) if training else _look(judge, batch)
+                scored.append(column)
+                done += 1
+                loss = _mean(column["loss"])
+                if not math.isfinite(loss):
+                    raise InputError(f"the loss in epoch {epoch} is {loss}: train anew with a lower learning rate")
+                text = f"epoch {epoch} of {settings.epochs}, loss {loss:.3f}, waiting {clock.waiting:.0%}"
+                with distributed.agreed():
+                    run.report(Progress(run.task, done, total, text))
+            own = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
+            columns.append({name: distributed.whole(column)[0] for name, column in own.items()})
+    seconds, waiting = clock.seconds, max(distributed.gathered(clock.waiting))
+    sums = {**_summary(columns[0], ""), **_summary(columns[1], "validation_")}
+    return {"epoch": epoch, **sums, "seconds": seconds, "waiting": waiting}
+
+
+def learning_rate(settings: LoopSettings, epoch: int) -> float:
+    """Of an epoch, from 1 on: the same in all, or falling along half a cosine that would reach 0 after the last."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * (1 + math.cos(math.pi * (epoch - 1) / settings.epochs)) / 2
+
+
+def derived_seed(seed: int, *words: object) -> int:
+    """A seed for one purpose, as good as independent of those for others."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *words)).encode()).digest()[:7], "big")
+
+
+class _Batch(NamedTuple, Generic[Item]):
+    """The part of a batch that this process takes.
+
+    Attributes:
+        items: may be none in the last batch.
+        own: which items of the whole batch they are.
+        total: items of the whole batch.
+    """
+
+    items: Item
+    own: slice
+    total: int
+
+
+class _Judge(nn.Module, Generic[Item]):
+    """A network with the way it is judged, as the one module that ``DistributedDataParallel`` wants."""
+
+    def __init__(self, network: nn.Module, score: Callable[[Item, torch.Generator | None], Columns]) -> None:
+        super().__init__()
+        self.network = network
+        self._score: Callable[[Item, torch.Generator | None], Columns] = score
+
+    def forward(self, items: Item, generator: torch.Generator | None) -> Columns:
+        """What is known of every item; changed at random before, where a generator is given."""
+        return self._score(items, generator)
+
+
+class _Clock:
+    """How long an epoch takes, and how much of that the network waits for data."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._waited = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.perf_counter() - self._begin
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time spent waiting."""
+        return self._waited / self.seconds
+
+    def waiting_for(self, batches: Iterator[_Batch[Item]]) -> Iterator[_Batch[Item]]:
+        """The same batches; the time that each takes to come is counted."""
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+
+def _batches(
+    side: Dataset[Item],
+    settings: LoopSettings,
+    device: torch.device,
+    shuffle: torch.Generator | None,
+) -> Iterator[_Batch[Item]]:
+    """Its parts of the batches of one pass, in random order where a generator is given."""
+    count = len(side)  # type: ignore[arg-type]
+    order = list(range(count)) if shuffle is None else torch.randperm(count, generator=shuffle).tolist()
+    batches = [order[start : start + settings.batch] for start in range(0, count, settings.batch)]
+    parts = [distributed.part(len(batch)) for batch in batches]
+    loader: DataLoader[Item] = DataLoader(
+        side,
+        # a loader cannot bring nothing: one item then, that is taken away again
+        batch_sampler=[batch[own] or batch[:1] for batch, own in zip(batches, parts, strict=True)],
+        num_workers=settings.workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own, or the loader would draw from the global one
+    )
+    for batch, own, items in zip(batches, parts, loader, strict=True):
+        held = own.stop - own.start
+        yield _Batch(type(items)(*(column[:held] for column in items)), own, len(batch))
+
+
+def _learn(
+    learner: nn.Module, optimiser: torch.optim.Optimizer, batch: _Batch[Item], generator: torch.Generator
+) -> Columns:
+    """One step on the mean loss of the whole batch."""
+    learner.train()
+    alone = distributed.size() == 1
+    with nullcontext() if alone else distributed.DropoutOfWholeBatch(batch.own, batch.total):
+        columns: Columns = learner(batch.items, generator)
+    losses = columns["loss"]
+    # gradients are averaged over the processes; an item may have several losses
+    count = float(distributed.summed(torch.tensor(len(losses)))) / distributed.size()
+    optimiser.zero_grad(set_to_none=True)
+    (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return _kept(columns)
+
+
+@torch.no_grad()
+def _look(judge: _Judge[Item], batch: _Batch[Item]) -> Columns:
+    """Judge a batch without learning."""
+    judge.eval()
+    return _kept(judge(batch.items, None))
+
+
+def _kept(columns: Columns) -> Columns:
+    return {name: column.detach().cpu() for name, column in columns.items()}
+
+
+def _mean(own: Tensor) -> float:
+    """Mean of a column over all processes."""
+    total, count = distributed.summed(torch.stack([own.double().sum(), torch.tensor(len(own)).double()])).tolist()
+    return float(total / count)
+
+
+@torch.no_grad()
+def _estimate_statistics(judge: _Judge[Item], side: Dataset[Item], settings: LoopSettings) -> None:
+    """Running means and variances of all batch normalisations as plain averages over one pass in random order."""
+    norms = [module for module in judge.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    judge.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    device = next(judge.parameters()).device
+    order = torch.Generator().manual_seed(derived_seed(settings.seed, "statistics"))
+    for batch in _batches(side, settings, device, order):
+        judge(batch.items, None)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _summary(columns: Columns, prefix: str) -> Metrics:
+    """Means over one pass, the share decided rightly, and the AUC (not a number while one class is missing)."""
+    logit, label = columns["logit"].double(), columns["label"]
+    metrics = {
+        name: float(column.double().nanmean()) for name, column in columns.items() if name not in ("logit", "label")
+    }
+    metrics["accuracy"] = float(((logit > 0) == (label > 0)).double().mean())
+    both = 0 < int(label.sum()) < len(label)
+    if both:
+        from sklearn.metrics import roc_auc_score  # a second to import, and the first steps do without
+
+    metrics["auc"] = float(roc_auc_score(label.numpy(), logit.numpy())) if both else math.nan
+    return {prefix + name: value for name, value in metrics.items()}
