@@ -8,7 +8,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "common": ("errors", "progress", "files", "worker_pool", "distributed", "memory", "device"),
-    "ct": ("source_series", "volume", "dicom_series", "volume_io", "lungs", "quality", "slabs"),
+    "ct": (
+        "source_series",
+        "volume",
+        "dicom_headers",
+        "dicom_stack",
+        "dicom_pixels",
+        "volume_io",
+        "lungs",
+        "quality",
+        "slabs",
+    ),
     "studies": (),
     "pacs": ("dicomweb", "importing", "sending"),
     "reports": ("report_labels",),

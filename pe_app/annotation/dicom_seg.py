@@ -22,7 +22,7 @@ from pe_app.annotation.record import LONGEST_READER
 from pe_app.annotation.seg_nrrd import on_grid
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.common.errors import InputError
-from pe_app.ct.dicom_series import last_line
+from pe_app.ct.dicom_headers import last_line
 from pe_app.ct.source_series import SourceSeries, read_source, source_path
 from pe_app.ct.volume import Volume, canonical_volume
 from pe_app.ct.volume_io import MAX_VOXELS, read_volume

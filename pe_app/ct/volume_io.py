@@ -21,17 +21,9 @@ from numpy.typing import NDArray
 
 from pe_app.common.errors import InputError, TooLarge
 from pe_app.common.files import replacing
-from pe_app.ct.dicom_series import (
-    MAX_POSITION_MM,
-    SPACING_RANGE_MM,
-    TILT_DEGREES,
-    check_hu_range,
-    is_dicom,
-    last_line,
-    millimetres,
-    read_dicom_folder,
-)
-from pe_app.ct.dicom_series import check_uniform_spacing as check_uniform_spacing
+from pe_app.ct.dicom_headers import MAX_POSITION_MM, SPACING_RANGE_MM, is_dicom, last_line, millimetres
+from pe_app.ct.dicom_pixels import check_hu_range, read_dicom_folder
+from pe_app.ct.dicom_stack import TILT_DEGREES
 from pe_app.ct.source_series import read_source, source_path
 from pe_app.ct.volume import PADDING_HU, Volume, canonical_volume
 

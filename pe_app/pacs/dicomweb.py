@@ -34,7 +34,8 @@ from requests.auth import HTTPBasicAuth
 from pe_app.common.errors import InputError
 from pe_app.common.files import making_folder
 from pe_app.common.progress import Progress, ProgressCallback, silent
-from pe_app.ct.dicom_series import arrange, read_headers
+from pe_app.ct.dicom_headers import read_headers
+from pe_app.ct.dicom_stack import arrange
 from pe_app.ct.source_series import unlike_ct
 
 if TYPE_CHECKING:

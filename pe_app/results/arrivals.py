@@ -24,7 +24,7 @@ import pydicom
 
 from pe_app.common.errors import InputError
 from pe_app.common.files import append_durably
-from pe_app.ct.dicom_series import is_dicom
+from pe_app.ct.dicom_headers import is_dicom
 from pe_app.ct.volume_io import SUFFIXES
 from pe_app.pacs.dicomweb import Archive, ArchiveSeries, Unavailable
 from pe_app.results.batch import BatchStudy, Outcome

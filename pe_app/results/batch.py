@@ -29,7 +29,7 @@ import pydicom
 from pe_app.common.errors import InputError, UnfitStudy
 from pe_app.common.files import append_durably, write_durably
 from pe_app.common.progress import Cancelled, Progress, ProgressCallback, silent
-from pe_app.ct.dicom_series import is_dicom
+from pe_app.ct.dicom_headers import is_dicom
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import SUFFIXES, read_volume
 from pe_app.model.detection import SCHEMA

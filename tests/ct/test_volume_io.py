@@ -36,9 +36,9 @@ from pydicom.uid import (
 )
 
 from pe_app.common.errors import InputError, UnfitStudy
+from pe_app.ct.dicom_stack import check_uniform_spacing
 from pe_app.ct.volume import Volume, axial_affine
 from pe_app.ct.volume_io import (
-    check_uniform_spacing,
     image_from_volume,
     read_mask,
     read_volume,

@@ -21,15 +21,9 @@ from pe_app.common.errors import InputError, UnfitStudy
 from pe_app.common.files import write_durably
 from pe_app.common.progress import Progress, ProgressCallback, silent
 from pe_app.common.worker_pool import Processes
-from pe_app.ct.dicom_series import (
-    SliceHeader,
-    arrange,
-    by_series,
-    in_order_of_choice,
-    read_headers,
-    read_stack,
-    unsuitable,
-)
+from pe_app.ct.dicom_headers import SliceHeader, by_series, read_headers
+from pe_app.ct.dicom_pixels import read_stack
+from pe_app.ct.dicom_stack import arrange, in_order_of_choice, unsuitable
 from pe_app.ct.quality import CODES, QualityLimits, Reason, check_study
 from pe_app.ct.source_series import SourceSeries, read_source, source_path, write_source
 from pe_app.ct.volume import Volume

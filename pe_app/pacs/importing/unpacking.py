@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from pe_app.common.errors import InputError
-from pe_app.ct.dicom_series import DICOM_HEAD, last_line, looks_dicom
+from pe_app.ct.dicom_headers import DICOM_HEAD, last_line, looks_dicom
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_EXPANSION = 100
