@@ -175,14 +175,19 @@ def annotation_of(drawn: DrawnSegments, volume: Volume, reviewed: Reviewed, read
 def merged(annotation: SparseAnnotation, added: SparseAnnotation) -> SparseAnnotation:
     """One annotation of both; a slice of both must say the same, since no reader's word replaces another's.
 
+    An outline completes a slice on which embolism was seen and not outlined.
+
     Raises:
         InputError: naming the slices that differ.
     """
     result, differ = annotation, []
+    not_outlined = {entry.slice_index for entry in annotation.slices if entry.not_outlined}
     for reviewed in added.slices:
         index = reviewed.slice_index
-        if annotation.state(index) is None:
+        if annotation.state(index) is None or (reviewed.outlined and index in not_outlined):
             result = result.review(reviewed, added.masks.get(index))
+        elif reviewed.not_outlined and annotation.state(index) == "embolism":
+            continue
         elif annotation.state(index) != reviewed.state or not np.array_equal(
             annotation.masks.get(index, False), added.masks.get(index, False)
         ):

@@ -126,7 +126,7 @@ def export_seg(
     volume = read_volume(study, series=series)
     path = write_reader_segmentation(SparseAnnotation.read(annotation, volume), volume, out)
     if path is None:
-        typer.echo("No slice shows embolism: there is nothing to outline, no file was written.")
+        typer.echo("No slice has an outline: no file was written.")
         return
     typer.echo(f"Written to {path}")
     if access is not None:

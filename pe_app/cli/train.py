@@ -59,6 +59,14 @@ class Architecture(StrEnum):
     DENSENET121 = "densenet121"
 
 
+class NotOutlinedSlices(StrEnum):
+    """What slices with embolism that is not outlined contribute."""
+
+    BALANCED = "balanced"
+    AS_LISTED = "as_listed"
+    LEFT_OUT = "left_out"
+
+
 class LearningRate(StrEnum):
     """How the learning rate goes from epoch to epoch."""
 
@@ -92,6 +100,8 @@ def encoder(
     negative_slabs: Annotated[NegativeSlices, typer.Option(help="Negative slabs: half of them slices marked none; all "
                               "from negative studies; or from these at the heights of the positive slabs.")
                               ] = NegativeSlices.MIXED,
+    not_outlined: Annotated[NotOutlinedSlices, typer.Option(help="Slices with embolism that is not outlined: as often "
+                            "as outlined ones, each once, or not at all.")] = NotOutlinedSlices.BALANCED,
     flip: Annotated[bool, typer.Option(help="Augment: mirror left and right; the paper uses none.")] = False,
     shift_cells: Annotated[int, typer.Option(min=0, help="Augment: move by up to so many cells of 16 pixels.")] = 0,
     jitter_hu: Annotated[float, typer.Option(min=0, help="Augment: add an offset of up to so many HU.")] = 0.0,
@@ -141,6 +151,7 @@ def encoder(
         attention_weight=attention_weight,
         attention_loss=AttentionLoss(attention_kind.value, negatives.value),
         negative_slabs=negative_slabs.value,
+        not_outlined=not_outlined.value,
         augment=flip or shift_cells > 0 or jitter_hu > 0 or window_cells > 0,
         augmentation=Augmentation(flip, shift_cells, jitter_hu, window_cells),
         schedule=schedule.value,

@@ -60,7 +60,7 @@ class StudyTruth:
 
     Attributes:
         mask: on the CT's grid, above 0 where there is embolism.
-        reviewed: slices that a reader looked at; None where the mask is the truth of all slices.
+        reviewed: slices whose emboli are all known, outlined or none; None where the mask is the truth of all slices.
     """
 
     mask: Volume
@@ -124,9 +124,10 @@ class Look:
 
 
 def read_truth(study: Study, volume: Volume, masks: Path | None) -> StudyTruth | None:
-    """The emboli of a positive study: its mask of all slices where there is one, else its reviewed slices.
+    """The emboli of a positive study: its mask of all slices where there is one, else its outlined slices.
 
-    None for a negative study, and where nothing is known or marked.
+    None for a negative study, and where nothing is outlined: a slice with embolism that is not outlined does not tell
+    where to look.
 
     Raises:
         InputError: if mask or annotation cannot be used on this CT.
@@ -144,7 +145,7 @@ def read_truth(study: Study, volume: Volume, masks: Path | None) -> StudyTruth |
     voxels = np.zeros(volume.shape, np.uint8)
     for index, outline in annotation.masks.items():
         voxels[index] = outline
-    reviewed = tuple(entry.slice_index for entry in annotation.slices if entry.state != "uncertain")
+    reviewed = tuple(entry.slice_index for entry in annotation.slices if entry.outlined or entry.state == "none")
     return StudyTruth(volume.with_voxels(voxels), reviewed)
 
 

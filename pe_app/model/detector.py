@@ -58,6 +58,8 @@ class TrainingRecord:
         studies: studies in training and validation.
         positive: how many of them are positive.
         annotated_slices: slices that a reader marked (stage I).
+        not_outlined_slices: those of them with embolism that nobody outlined: they taught what to call, not where to
+            look.
         synthetic: True when every embolism was painted or simulated.
         epochs: epochs trained; ``best_epoch`` is the published one.
         seconds: time spent, over all resumes; on ``device``.
@@ -83,6 +85,7 @@ class TrainingRecord:
     metrics: Mapping[str, float]
     image_sha256: tuple[str, ...]
     patient_sha256: tuple[str, ...] = ()
+    not_outlined_slices: int = 0
 
     @classmethod
     def from_json(cls, payload: Mapping[str, object]) -> TrainingRecord:

@@ -45,12 +45,14 @@ def attention_loss(
 
     Positives: the map normalised by its own maximum against the mask; an empty map has loss 1 and no gradient.
     Negatives: the map as it is presses towards empty, ``1 - 1 / (sum(a) + 1)`` by default; their masks are not read.
-    Normalised, a negative's map would keep its loss however weak it became.
+    Normalised, a negative's map would keep its loss however weak it became. Where a part of a mask is not known, only
+    the attention on cells that are known to be free counts, as in a negative; a mask of which nothing is known has loss
+    0 and no gradient [ours].
 
     Args:
         maps: ``(batch, rows, columns)``, attention maps that are not normalised, from 0.
-        masks: same shape, 0 or 1.
-        labels: ``(batch,)``, 1 for slabs with embolism, 0 for those without.
+        masks: same shape: 1 embolism, 0 none, -1 not known.
+        labels: ``(batch,)``, 1 for slabs with embolism, 0 for those without, -1 where not known.
         settings: kinds of loss.
 
     Returns:
@@ -63,24 +65,26 @@ def attention_loss(
     if labels.shape != maps.shape[:1]:
         raise ValueError(f"expected {len(maps)} labels, one a map, got shape {tuple(labels.shape)}")
 
-    shape = normalised(maps)
+    shape, unknown = normalised(maps), (masks < 0).flatten(1).any(1)
+    free = (masks == 0) | (labels == 0)[:, None, None]
+    outlines = masks.clamp(min=0)
     match settings.kind:
         case "continuous_dice":
-            positive = 1 - continuous_dice(shape, masks)
+            positive = 1 - continuous_dice(shape, outlines)
         case "soft_dice":
-            positive = 1 - soft_dice(shape, masks)
+            positive = 1 - soft_dice(shape, outlines)
         case "mse":
-            positive = (shape - masks).square().mean((1, 2))
+            positive = (shape - outlines).square().mean((1, 2))
 
     match settings.negatives:
         case "smoothed":
-            mass = maps.sum((1, 2))
+            mass = (maps * free).sum((1, 2))
             negative = mass / (mass + 1)  # = 1 - 1 / (mass + 1), without cancellation
         case "mean":
-            negative = maps.mean((1, 2))
+            negative = (maps * free).mean((1, 2))
         case "none":
             negative = torch.zeros_like(positive)
-    return torch.where(labels > 0, positive, negative)
+    return torch.where((labels > 0) & ~unknown, positive, negative)
 
 
 def continuous_dice(attention: Tensor, mask: Tensor, smooth: float = 0.0) -> Tensor:

@@ -76,6 +76,7 @@ def fit(
     sides: tuple[Dataset[Item], Dataset[Item]],
     score: Callable[[Item, torch.Generator | None], Columns],
     settings: LoopSettings,
+    order: Callable[[torch.Generator], list[int]] | None = None,
 ) -> None:
     """Train the epochs that are not done yet, and keep each when it ends.
 
@@ -87,6 +88,7 @@ def fit(
         score: judges a batch: ``loss``, ``logit``, ``label`` and whatever else of every item is to be averaged; gets a
             generator for random changes while training, None while validating.
         settings: of the training.
+        order: the items of one epoch of the training side, as many as it has; by default each once, in random order.
 
     Raises:
         InputError: if the loss is not finite any more.
@@ -98,7 +100,7 @@ def fit(
         for epoch in range(len(run.state.history) + 1, settings.epochs + 1):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(settings, epoch)
-            metrics = _epoch(run, epoch, judge, learner, optimiser, sides, settings)
+            metrics = _epoch(run, epoch, judge, learner, optimiser, sides, settings, order)
             run.finish_epoch(network, optimiser, metrics)
             figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "epoch")
             if distributed.is_main():
@@ -113,6 +115,7 @@ def _epoch(
     optimiser: torch.optim.Optimizer,
     sides: tuple[Dataset[Item], Dataset[Item]],
     settings: LoopSettings,
+    order: Callable[[torch.Generator], list[int]] | None,
 ) -> Metrics:
     """One pass over training and one over validation, and how they went."""
     device = next(judge.parameters()).device
@@ -127,7 +130,7 @@ def _epoch(
             if settings.fresh_statistics and not training:
                 _estimate_statistics(judge, sides[0], settings)
             scored = []
-            for batch in clock.waiting_for(_batches(side, settings, device, generator if training else None)):
+            for batch in clock.waiting_for(_batches(side, settings, device, generator if training else None, order)):
                 column = _learn(learner, optimiser, batch, generator) if training else _look(judge, batch)
                 scored.append(column)
                 done += 1
@@ -216,10 +219,14 @@ def _batches(
     settings: LoopSettings,
     device: torch.device,
     shuffle: torch.Generator | None,
+    drawn: Callable[[torch.Generator], list[int]] | None = None,
 ) -> Iterator[_Batch[Item]]:
-    """Its parts of the batches of one pass, in random order where a generator is given."""
+    """Its parts of the batches of one pass, in random order or as ``drawn`` where a generator is given."""
     count = len(side)  # type: ignore[arg-type]
-    order = list(range(count)) if shuffle is None else torch.randperm(count, generator=shuffle).tolist()
+    if shuffle is None:
+        order = list(range(count))
+    else:
+        order = drawn(shuffle) if drawn else torch.randperm(count, generator=shuffle).tolist()
     batches = [order[start : start + settings.batch] for start in range(0, count, settings.batch)]
     parts = [distributed.part(len(batch)) for batch in batches]
     loader: DataLoader[Item] = DataLoader(
@@ -291,7 +298,8 @@ def _estimate_statistics(judge: _Judge[Item], side: Dataset[Item], settings: Loo
 
 def _summary(columns: Columns, prefix: str) -> Metrics:
     """Means over one pass, the share decided rightly, and the AUC (not a number while one class is missing)."""
-    logit, label = columns["logit"].double(), columns["label"]
+    known = columns["label"] >= 0
+    logit, label = columns["logit"][known].double(), columns["label"][known]
     metrics = {
         name: float(column.double().nanmean()) for name, column in columns.items() if name not in ("logit", "label")
     }

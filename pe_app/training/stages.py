@@ -34,9 +34,11 @@ from pe_app.model.study_classifier import ClassifierConfig
 from pe_app.studies import Label, Split, Study, patient_sha256, split_studies
 from pe_app.training.datasets import (
     IN_THIS_PROCESS,
+    UNKNOWN,
     AnnotatedSlabs,
     Augmentation,
     NegativeSlabs,
+    NotOutlined,
     Preparation,
     PreparedFile,
     SlabItem,
@@ -72,6 +74,10 @@ class EncoderTraining:
         negative_slabs: where slabs without embolism come from (``prepare_slabs``); ``"negative_studies"`` is the
             paper's way, ``"mixed"`` makes use of slices marked "none" [ours], ``"matched"`` takes away the height of a
             slab as a hint [ours].
+        not_outlined: what slices with embolism that is not outlined contribute; they teach classification alone.
+            ``"balanced"``: an epoch's slabs with embolism are half outlined and half not, as far as that repeats no
+            slab more than four times; ``"as_listed"``: each once; ``"left_out"``: nothing. They are left out, too,
+            where windows are learnt from, since a window may not hold what is not outlined [ours].
         augment: whether training slabs are changed at random; ``augmentation`` says how strongly [ours].
         augmentation: strengths, without effect where ``augment`` is off.
         schedule: of the learning rate: constant, or falling from epoch to epoch along half a cosine, which lets short
@@ -93,6 +99,7 @@ class EncoderTraining:
     attention_weight: float = 1.0
     attention_loss: AttentionLoss = field(default_factory=AttentionLoss)
     negative_slabs: NegativeSlabs = "mixed"
+    not_outlined: NotOutlined = "balanced"
     augment: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Schedule = "constant"
@@ -106,6 +113,8 @@ class EncoderTraining:
         _check_settings(self)
         if self.negative_slabs not in get_args(NegativeSlabs):
             raise InputError(f"negative_slabs must be one of {', '.join(get_args(NegativeSlabs))}")
+        if self.not_outlined not in get_args(NotOutlined):
+            raise InputError(f"not_outlined must be one of {', '.join(get_args(NotOutlined))}")
         if not 0 <= self.attention_weight < math.inf:
             raise InputError(f"attention_weight must be a number from 0 on, got {self.attention_weight}")
 
@@ -216,9 +225,11 @@ def train_encoder(
 
             patients = {study.study: study.patient for study in usable}
             sides: tuple[Dataset[SlabItem], Dataset[SlabItem]] = (train, validation)
+            order = train.balanced_order if settings.not_outlined == "balanced" else None
             if settings.twins:
+                order = None
                 sides = TwinSlabs(train, patients), TwinSlabs(validation, patients)
-            fit(run, encoder, optimiser, sides, score, settings)
+            fit(run, encoder, optimiser, sides, score, settings, order)
             files = (*train.files, *validation.files)
             used = {**flat_settings(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
             used["start_from"] = start_from.name if start_from else None
@@ -322,8 +333,10 @@ def split(studies: Sequence[Study], settings: EncoderTraining | ClassifierTraini
 def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining) -> Columns:
     """How well the encoder judges and looks at a batch of slabs, with the graph for learning from ``loss``.
 
-    ``loss = classification_loss + attention_weight * attention_loss`` (equation (4) of the paper) for every slab.
-    ``empty_maps`` and ``pointing`` (the map's maximum lies in the target) are those of slabs with embolism.
+    ``loss = classification_loss + attention_weight * attention_loss`` (equation (4) of the paper) for every slab; the
+    attention loss of a slab with embolism that is not outlined is 0 and left out of its mean.
+    ``empty_maps`` and ``pointing`` (the map's maximum lies in the target) are those of slabs with embolism; pointing
+    of the outlined ones.
     """
     device = encoder.fc.weight.device
     slabs = items.slab.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -331,7 +344,7 @@ def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining
     with autocast(device, settings.precision):
         encoded = encoder(slabs)
     maps = encoder.attention_map(encoded.features)
-    classification = F.cross_entropy(encoded.logits, labels, reduction="none")
+    classification = F.cross_entropy(encoded.logits, labels, reduction="none", ignore_index=UNKNOWN)
     attention = attention_loss(maps, targets, labels, settings.attention_loss)
     # a weight of 0 leaves the attention out of the graph: 0 times an infinite gradient would not be 0
     weighted = settings.attention_weight * attention if settings.attention_weight else 0.0
@@ -340,11 +353,12 @@ def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining
     peak, place = flat.max(1)
     hit = (targets.flatten(1).gather(1, place[:, None])[:, 0] > 0) & (peak > 0)
     undefined = torch.full_like(peak, math.nan)
+    outlined = (labels > 0) & (targets >= 0).flatten(1).all(1)
     return {
         "loss": classification + weighted,
         "classification_loss": classification,
-        "attention_loss": attention,
-        "pointing": torch.where(labels > 0, hit.to(peak.dtype), undefined),
+        "attention_loss": torch.where((targets >= 0).flatten(1).any(1), attention, undefined),
+        "pointing": torch.where(outlined, hit.to(peak.dtype), undefined),
         "empty_maps": torch.where(labels > 0, (peak == 0).to(peak.dtype), undefined),
         "logit": encoded.logits[:, 1] - encoded.logits[:, 0],
         "label": labels,
@@ -373,8 +387,10 @@ def prepared_slabs(
     """The slabs of one side of the split, drawn as the settings say (``prepare_slabs``)."""
     here = [source for source in sources if source.study.split == side]
     seed = derived_seed(settings.seed, "draw", side)
+    windows = settings.augment and settings.augmentation.window_cells > 0
+    also = settings.not_outlined != "left_out" and not windows
     try:
-        return prepare_slabs(here, config, cache_dir, seed, progress, settings.negative_slabs, preparation)
+        return prepare_slabs(here, config, cache_dir, seed, progress, settings.negative_slabs, preparation, also)
     except InputError as error:
         raise InputError(f"{side} studies: {error}") from error
 
@@ -478,6 +494,7 @@ def training_record(
         studies=len(sources),
         positive=sum(positive),
         annotated_slices=sum(state != "uncertain" for seen in states for state in seen),
+        not_outlined_slices=sum(reviewed.not_outlined for source in sources for reviewed in source.reviewed or ()),
         synthetic=synthetic,
         epochs=len(run.state.history),
         best_epoch=run.state.best_epoch,

@@ -12,7 +12,7 @@ from small_series import TAGS, TURNS, marked, write_turned
 from small_studies import small_chest
 from typer.testing import CliRunner
 
-from pe_app.annotation.dicom_seg import import_segmentations, parse_reviewed
+from pe_app.annotation.dicom_seg import import_segmentations, merged, parse_reviewed
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.cli import app
 from pe_app.cli.store import open_store
@@ -201,6 +201,18 @@ def test_the_same_file_twice_changes_nothing_and_another_word_on_a_slice_is_refu
     (problem,) = import_segmentations([differing], studies, "all", segment="2")
     assert "reviewed already, with another result" in problem
     assert (studies / "annotations" / "one.json").read_text() == before
+
+
+def test_an_outline_completes_a_slice_that_was_not_outlined_and_is_not_lost_to_one(hospital, tmp_path):
+    studies, folder = hospital()
+    path = draw(folder, tmp_path / "s.dcm")
+    assert import_segmentations([path], studies, "segmented") == ()
+    outlined = annotation_in(studies)
+    answers = replace(
+        outlined, slices=tuple(replace(entry, not_outlined=True, reader="Bo") for entry in outlined.slices), masks={}
+    )
+    assert merged(answers, outlined).to_json() == outlined.to_json()
+    assert merged(outlined, answers).to_json() == outlined.to_json()
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\0" * 128 + b"DICM" + b"\2\0\0\0"])

@@ -11,6 +11,8 @@ from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest, small_studies
 from typer.testing import CliRunner
 
 import pe_app.model.detector
+from pe_app.annotation.record import ReviewedSlice
+from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.cli import app
 from pe_app.common.errors import InputError
 from pe_app.common.progress import Cancelled
@@ -27,7 +29,7 @@ from pe_app.evaluation.evaluate import (
     evaluate,
 )
 from pe_app.evaluation.report import metrics, predictions_csv, report, warnings_of, web_page, write_evaluation
-from pe_app.evaluation.study_localisation import Look, StudyTruth, localise
+from pe_app.evaluation.study_localisation import Look, StudyTruth, localise, read_truth
 from pe_app.model.detector import Decision, Detector, ModelCard, TrainingRecord
 from pe_app.studies import Study, patient_sha256, write_studies
 
@@ -260,6 +262,26 @@ def test_where_a_system_looks_is_counted_by_hand(tmp_path):
     assert negative.pointing is None
     sparse = localise(look, study, StudyTruth(ct, (2,)))
     assert (sparse.pointing, sparse.candidates) == (1, None)
+
+
+def test_slices_without_an_outline_do_not_judge_where_a_system_looks(tmp_path):
+    volume = Volume(np.zeros((8, 4, 4), np.int16), axial_affine((10.0, 5.0, 5.0)))
+    outline = np.eye(4, dtype=bool)
+
+    def annotated(*said: tuple[int, str]) -> Study:
+        annotation = SparseAnnotation.empty(volume)
+        for index, kind in said:
+            state = kind.partition(",")[0]
+            entry = ReviewedSlice(index, 10.0 * index, state, not_outlined=kind == "embolism, not outlined")
+            annotation = annotation.review(entry, outline if kind == "embolism" else None)
+        annotation.write(tmp_path / "a.json", volume)
+        return Study("s", tmp_path, "", "positive", tmp_path / "a.json")
+
+    mixed = annotated((1, "none"), (2, "embolism"), (3, "embolism, not outlined"), (4, "uncertain"))
+    truth = read_truth(mixed, volume, None)
+    assert truth.reviewed == (1, 2)
+    assert np.flatnonzero(truth.mask.voxels.any((1, 2))).tolist() == [2]
+    assert read_truth(annotated((1, "none"), (3, "embolism, not outlined")), volume, None) is None
 
 
 def test_a_mask_of_ones_is_numbered_by_its_regions_and_a_numbered_one_is_kept():

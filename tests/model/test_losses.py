@@ -161,6 +161,34 @@ def test_negatives_can_be_pressed_by_their_mean_or_left_alone():
     assert attention_loss(maps, masks, torch.zeros(4), AttentionLoss(negatives="none")).tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_where_nothing_is_outlined_attention_costs_nothing_and_has_no_gradient(kind, negatives):
+    maps, masks = maps_and_masks()
+    maps.requires_grad_()
+    losses = attention_loss(
+        maps, torch.full_like(masks, -1), torch.tensor([1, 1, -1, 1]), AttentionLoss(kind, negatives)
+    )
+    assert losses.tolist() == [0, 0, 0, 0]
+    losses.sum().backward()
+    assert not maps.grad.any()
+
+
+def test_where_a_part_is_known_to_be_free_only_the_attention_there_costs():
+    maps, masks = maps_and_masks()
+    masks = torch.full_like(masks, -1)
+    masks[:, 1:3, 2:4] = 0
+    maps.requires_grad_()
+    losses = attention_loss(maps, masks, torch.tensor([1, -1, 1, -1]))
+    mass = maps[:, 1:3, 2:4].sum((1, 2))
+    torch.testing.assert_close(losses, 1 - 1 / (mass + 1))
+    losses.sum().backward()
+    inside = torch.zeros_like(masks, dtype=torch.bool)
+    inside[:, 1:3, 2:4] = True
+    assert (maps.grad[inside] > 0).all()
+    assert not maps.grad[~inside].any()
+
+
 def test_every_slab_of_a_batch_has_its_own_loss():
     maps, masks = maps_and_masks()
     labels = torch.tensor([1, 0, 1, 0])

@@ -277,6 +277,19 @@ def test_a_series_without_a_frame_of_reference_is_told_so(write_series):
         detection_objects(detection_of(lost), lost)
 
 
+def test_a_segmentation_names_the_slices_that_were_not_outlined(write_series, tmp_path):
+    _, volume = read_turned(write_series)
+    annotation = SparseAnnotation.from_mask(volume, volume.with_voxels(marked(volume)), range(12), "Reader One")
+    free = next(index for index in range(12, 24) if not marked(volume)[index].any())
+    entry = ReviewedSlice(free, float(volume.slice_z_mm[free]), "embolism", not_outlined=True)
+    segment = pydicom.dcmread(
+        write_reader_segmentation(annotation.review(entry), volume, tmp_path / "seg.dcm")
+    ).SegmentSequence[0]
+    assert f"embolism, not outlined: {free};" in segment.SegmentDescription
+    alone = SparseAnnotation.empty(volume).review(entry)
+    assert write_reader_segmentation(alone, volume, tmp_path / "none.dcm") is None
+
+
 def test_an_annotation_without_embolism_makes_no_segmentation(write_series, tmp_path):
     _, volume = read_turned(write_series)
     annotation = SparseAnnotation.empty(volume).review(ReviewedSlice(3, float(volume.slice_z_mm[3]), "none"))

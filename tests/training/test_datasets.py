@@ -135,6 +135,62 @@ def test_uncertain_and_unreviewed_slices_never_reach_training(studies, tmp_path)
     assert not uncertain & used.keys()
 
 
+def without_outlines(study: Study, folder: Path) -> Study:
+    """The study with the same answers and no outline."""
+    annotation = SparseAnnotation.read(study.annotation)
+    said = [replace(entry, not_outlined=entry.state == "embolism") for entry in annotation.slices]
+    path = folder / f"{study.study}-answers.json"
+    replace(annotation, slices=tuple(said), masks={}).write(path, read_volume(study.path))
+    return replace(study, annotation=path)
+
+
+def test_embolism_that_is_not_outlined_is_a_positive_slab_of_which_no_cell_is_known(studies, tmp_path):
+    listed = (without_outlines(studies[0], tmp_path), *studies[1:])
+    before, slabs = prepared(studies, tmp_path / "a"), prepared(listed, tmp_path / "b")
+    assert used_slices(slabs, listed) == used_slices(before, studies), "the same slices with the same labels"
+    answered = 0
+    for item, outlined in zip(slabs, slabs.outlined, strict=True):
+        if slabs.files[int(item.study)].study == "study0" and item.label == 1:
+            assert (item.target == -1).all()
+            assert not outlined
+            answered += 1
+        else:
+            assert set(item.target.unique().tolist()) <= {0.0, 1.0}
+            assert outlined == (item.label == 1)
+    assert answered == sum(truth(studies[0])[z].any() for z in range(LUNG.start, LUNG.stop, 3))
+    left_out = prepare_slabs(read_sources(listed), SLABS, tmp_path / "c", not_outlined=False)
+    assert left_out.outlined.sum() == left_out.labels.sum() == before.labels.sum() - answered
+
+
+def test_a_negative_label_with_an_embolism_that_is_not_outlined_is_refused(studies, tmp_path):
+    listed = replace(without_outlines(studies[0], tmp_path), label="negative")
+    with pytest.raises(InputError, match="study0: its label is 'negative', but slice"):
+        prepared((listed, *studies[1:]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("outlined", "others", "expected"),
+    [(10, 30, (20, 20)), (30, 10, (20, 20)), (3, 97, (12, 88)), (7, 0, (7, 0)), (0, 7, (0, 7)), (5, 6, (5, 6))],
+)
+def test_an_epoch_is_half_outlined_as_far_as_no_slab_comes_more_than_four_times(tmp_path, outlined, others, expected):
+    count = 2 * (outlined + others)
+    kind = [("target", "i1", (2, 2)), ("label", "i1"), ("slice", "<i4")]
+    records = np.zeros(count, kind)
+    records["label"][: outlined + others] = 1
+    records["target"][outlined : outlined + others] = -1
+    np.save(tmp_path / "a.npy", records)
+    slabs = AnnotatedSlabs([PreparedFile("a", "", tmp_path / "a.npy")])
+    orders = [slabs.balanced_order(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert len(order) == count
+        drawn = np.bincount(order, minlength=count)
+        assert (drawn[:outlined].sum(), drawn[outlined : outlined + others].sum()) == expected
+        assert (drawn[outlined + others :] == 1).all()
+        for part in (drawn[:outlined], drawn[outlined : outlined + others]):
+            assert len(part) == 0 or part.max() - part.min() <= 1
+
+
 def test_a_negative_label_with_embolism_marked_is_refused(studies, tmp_path):
     with pytest.raises(InputError, match=r"study study0: its label is 'negative', but slice \d+ is marked 'embolism'"):
         prepared((replace(studies[0], label="negative"), *studies[1:]), tmp_path)
@@ -304,6 +360,19 @@ def test_flips_and_shifts_move_slab_and_target_together():
         assert torch.equal(changed.target.any((1, 2)), items.target.any((1, 2)))  # no embolism is lost or made up
         moved += int((changed.target != items.target).any((1, 2)).sum())
     assert moved > 80  # of 160
+
+
+def test_a_slab_with_an_embolism_that_is_not_outlined_is_not_moved_out():
+    items = blocks(0)
+    target = items.target.clone()
+    target[:4] = -1
+    settings = Augmentation(flip=True, shift_cells=3, jitter_hu=0)
+    for seed in range(10):
+        changed = augmented(items._replace(target=target), settings, SLABS, torch.Generator().manual_seed(seed))
+        assert (changed.target[:4] == -1).all()
+        for number in range(4):
+            slab = items.slab[number]
+            assert any(torch.equal(changed.slab[number], kept) for kept in (slab, slab.flip(-1)))
 
 
 def test_jitter_adds_one_offset_to_a_slab_within_its_bound():

@@ -222,6 +222,42 @@ def test_pointing_and_empty_maps_are_those_of_slabs_with_embolism():
     assert columns["empty_maps"][3].isnan()
 
 
+def test_a_slab_that_is_not_outlined_teaches_classification_alone():
+    torch.manual_seed(0)
+    network = SlabEncoder(EncoderConfig(width=4))
+    target = torch.zeros(4, 4, 4)
+    target[0, 1, 2], target[1] = 1, -1
+    items = SlabItem(torch.rand(4, 5, 64, 64), target, torch.tensor([1, 1, 0, 1]), torch.zeros(4))
+    items = items._replace(target=items.target.index_copy(0, torch.tensor([3]), items.target[:1]))
+    columns = score_slabs(network, items, EncoderTraining(precision="float32"))
+    assert torch.equal(columns["loss"][1], columns["classification_loss"][1])
+    assert (columns["loss"] > columns["classification_loss"])[[0, 3]].all()
+    assert columns["attention_loss"].isnan().tolist() == [False, True, False, False]
+    assert columns["pointing"].isnan().tolist() == [False, True, True, False]
+    assert columns["empty_maps"].isnan().tolist() == [False, False, True, False]
+    assert columns["label"].tolist() == [1, 1, 0, 1]
+
+
+def without_outlines(study: Study, folder: Path) -> Study:
+    """The study with the same answers and no outline."""
+    annotation = SparseAnnotation.read(study.annotation)
+    said = [replace(entry, not_outlined=entry.state == "embolism") for entry in annotation.slices]
+    path = folder / f"{study.study}.json"
+    replace(annotation, slices=tuple(said), masks={}).write(path, read_volume(study.path))
+    return replace(study, annotation=path)
+
+
+def test_stage_one_learns_from_slices_without_outlines_and_the_model_records_it(studies, tmp_path):
+    listed = tuple(without_outlines(s, tmp_path) if s.study in ("study0", "study4") else s for s in studies)
+    detector = encoder(listed, tmp_path / "encoder.safetensors", replace(QUICK, epochs=1))
+    record = detector.card.encoder
+    annotations = {s.study: SparseAnnotation.read(s.annotation) for s in listed if s.annotation}
+    count = sum(entry.state == "embolism" for name in ("study0", "study4") for entry in annotations[name].slices)
+    assert record.not_outlined_slices == count > 0
+    assert record.annotated_slices == sum(len(annotation.slices) for annotation in annotations.values())
+    assert Detector.load(tmp_path / "encoder.safetensors").card.encoder == record
+
+
 def test_without_attention_weight_the_attention_is_logged_but_not_learned(studies, tmp_path):
     columns = []
     for weight in (0.0, 1.0):

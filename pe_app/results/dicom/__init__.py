@@ -65,7 +65,7 @@ def write_dicom_results(result: DetectionResult, volume: Volume, folder: Path) -
 
 
 def write_reader_segmentation(annotation: SparseAnnotation, volume: Volume, path: Path) -> Path | None:
-    """Write a reader's outlines as a segmentation; None where no slice shows embolism.
+    """Write a reader's outlines as a segmentation; None where nothing is outlined.
 
     Raises:
         InputError: if the annotation belongs to another CT, or that is not known to come from DICOM.

@@ -77,7 +77,7 @@ def candidate_segmentation(result: DetectionResult, origin: Origin, key: str) ->
 
 
 def reader_segmentation(annotation: SparseAnnotation, origin: Origin) -> Segmentation | None:
-    """What readers outlined as one segment; None where no slice shows embolism.
+    """What readers outlined as one segment; None where nothing is outlined.
 
     A segmentation cannot say which slices were reviewed, so the segment's description does: what is not listed there
     was not looked at.
@@ -175,11 +175,13 @@ def _category(detection: Detection) -> object:
 
 def _reviewed(annotation: SparseAnnotation) -> str:
     """Which slices were reviewed, in words that fit a description."""
-    said = []
-    for state in ("embolism", "none", "uncertain"):
-        indices = [reviewed.slice_index for reviewed in annotation.slices if reviewed.state == state]
-        said.append(f"{state}: {', '.join(map(str, indices)) or '-'}")
-    text = f"Reviewed slices, 0 nearest the feet. {'; '.join(said)}. All others were not reviewed."
+    kinds: dict[str, list[int]] = {"embolism": [], "embolism, not outlined": [], "none": [], "uncertain": []}
+    for reviewed in annotation.slices:
+        kinds["embolism, not outlined" if reviewed.not_outlined else reviewed.state].append(reviewed.slice_index)
+    if not kinds["embolism, not outlined"]:
+        del kinds["embolism, not outlined"]
+    lists = "; ".join(f"{kind}: {', '.join(map(str, indices)) or '-'}" for kind, indices in kinds.items())
+    text = f"Reviewed slices, 0 nearest the feet. {lists}. All others were not reviewed."
     return text if len(text) <= LONGEST_TEXT else f"{len(annotation.slices)} slices were reviewed, all others not."
 
 

@@ -21,7 +21,8 @@ class Augmentation:
     Attributes:
         flip: mirror left and right with probability 1/2.
         shift_cells: move in the plane by up to so many cells of the attention map (16 pixels, 11 mm) along rows and
-            columns; whole cells, so that the target moves exactly. An embolism is never moved out of the slab.
+            columns; whole cells, so that the target moves exactly. An embolism is never moved out of the slab, so slabs
+            with one that is not outlined stay.
         jitter_hu: add one offset of up to so many HU to a slab.
         window_cells: learn from square windows of so many cells of the attention map instead of whole slabs, 0 for
             whole ones. A window of a slab with embolism holds a part of it; one without is cut at the place of another
@@ -66,7 +67,7 @@ def augmented(
 
     Where several processes hold parts of the batch, it is drawn for the whole: windows depend on each other's targets.
     """
-    targets, own = distributed.whole(items.target)
+    targets, own = distributed.whole(items.target)  # cells of which nothing is known, -1, stay where they are
     changes = _drawn(targets, augmentation, config, generator, together).of(own)
     slabs = _moved(items.slab, changes, ENCODER_STRIDE)
     targets = _moved(items.target, changes, 1)
@@ -92,7 +93,8 @@ def _drawn(
     if cells:
         wanted = torch.randint(-cells, cells + 1, (groups, 2), generator=generator).repeat_interleave(together, 0)
         moved = _moved(targets, _Changes(torch.zeros_like(flipped), wanted, None, None), 1)
-        lost = moved.flatten(1).any(1) != targets.flatten(1).any(1)
+        lost = (moved > 0).flatten(1).any(1) != (targets > 0).flatten(1).any(1)
+        lost |= (targets < 0).flatten(1).any(1)  # what is not outlined might be moved out
         kept = ~lost.view(groups, together).any(1).repeat_interleave(together)
         moves[kept], targets = wanted[kept], torch.where(kept[:, None, None], moved, targets)
     offset = corners = None
@@ -110,10 +112,10 @@ def _corners(targets: Tensor, cells: int, generator: torch.Generator, together: 
 
     That is another one of the same group, or where there is none a random one of the batch.
     """
-    free, filled = targets.shape[-1] - cells, targets.flatten(1).any(1)
+    free, filled = targets.shape[-1] - cells, (targets > 0).flatten(1).any(1)
     corners = torch.randint(0, free + 1, (len(targets), 2), generator=generator)
     for number in filled.nonzero()[:, 0].tolist():
-        marked = targets[number].nonzero()
+        marked = (targets[number] > 0).nonzero()
         chosen = marked[torch.randint(len(marked), (), generator=generator)]
         inside = torch.randint(0, cells, (2,), generator=generator)
         corners[number] = (chosen - inside).clamp(0, free)

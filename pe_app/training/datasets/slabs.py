@@ -39,7 +39,13 @@ from pe_app.training.datasets.sources import StudySource
 
 logger = logging.getLogger(__name__)
 
-EMBOLISM, NONE = 1, 0
+EMBOLISM, NONE, UNKNOWN = 1, 0, -1
+
+MOST_REPEATS = 4
+"""So often at most a slab is drawn in one epoch to balance a few outlined slices with many that are not [ours]."""
+
+NotOutlined = Literal["balanced", "as_listed", "left_out"]
+"""What slices with embolism that is not outlined contribute: see ``EncoderTraining``."""
 
 NegativeSlabs = Literal["mixed", "negative_studies", "matched"]
 """Where slabs without embolism come from: see ``prepare_slabs``."""
@@ -50,7 +56,8 @@ class SlabItem(NamedTuple):
 
     Attributes:
         slab: ``(slices_per_slab, crop, crop)`` float32 from 0 to 1.
-        target: ``(grid, grid)`` float32, 0 or 1: the cells that the reader's mask covers; zeros without embolism.
+        target: ``(grid, grid)`` float32: 1 on the cells that the reader's outline covers, 0 on those without embolism,
+            -1 on those of which nothing is known: all cells of a slice with embolism that is not outlined.
         label: 1 with embolism, 0 without.
         study: which of the data set's studies it is from.
     """
@@ -69,20 +76,23 @@ class AnnotatedSlabs(Dataset[SlabItem]):
     Attributes:
         files: one a study.
         labels: ``(len,)``, 1 with embolism, 0 without.
+        outlined: ``(len,)``, whether the embolism of a slab is outlined; False without embolism.
         slices: ``(len,)``, the CT slice in the middle of each slab.
         places: of each slab, the number of its file and its row in it.
     """
 
     def __init__(self, files: Sequence[PreparedFile]) -> None:
         self.files = tuple(files)
-        labels, slices, self.places = [], [], []
+        labels, slices, outlined, self.places = [], [], [], []
         for number, file in enumerate(files):  # one after the other: mapped pages count as memory of this process
             records = np.load(file.path, mmap_mode="r")
             labels.append(np.array(records["label"]))
             slices.append(np.array(records["slice"]))
+            outlined.append((records["label"] == EMBOLISM) & (records["target"] != UNKNOWN).all(axis=(1, 2)))
             self.places += [(number, row) for row in range(len(records))]
-        self.labels: NDArray[np.uint8] = np.concatenate(labels)
+        self.labels: NDArray[np.int8] = np.concatenate(labels)
         self.slices: NDArray[np.int32] = np.concatenate(slices)
+        self.outlined: NDArray[np.bool_] = np.concatenate(outlined)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -96,6 +106,31 @@ class AnnotatedSlabs(Dataset[SlabItem]):
             torch.tensor(int(record["label"])),
             torch.tensor(file),
         )
+
+    def balanced_order(self, generator: torch.Generator) -> list[int]:
+        """The slabs of one epoch in random order, as many as there are.
+
+        Those with embolism are half outlined and half not, where there are both and no slab has to be repeated more
+        than ``MOST_REPEATS`` times; those without embolism come once each.
+        """
+        outlined = np.flatnonzero(self.outlined)
+        others = np.flatnonzero((self.labels == EMBOLISM) & ~self.outlined)
+        if len(outlined) == 0 or len(others) == 0:
+            return torch.randperm(len(self), generator=generator).tolist()
+        fewer, more = sorted((outlined, others), key=len)
+        total = len(fewer) + len(more)
+        wanted = min(total // 2, MOST_REPEATS * len(fewer))
+        chosen = [*_cycled(fewer, wanted, generator), *_cycled(more, total - wanted, generator)]
+        chosen += np.flatnonzero(self.labels == NONE).tolist()
+        return [chosen[place] for place in torch.randperm(len(chosen), generator=generator).tolist()]
+
+
+def _cycled(places: NDArray[np.int64], count: int, generator: torch.Generator) -> list[int]:
+    """``count`` of the places, all of them equally often but for the last round, in random order."""
+    drawn: list[int] = []
+    while len(drawn) < count:
+        drawn += places[torch.randperm(len(places), generator=generator).numpy()].tolist()
+    return drawn[:count]
 
 
 class TwinSlabs(Dataset[SlabItem]):
@@ -148,12 +183,13 @@ def prepare_slabs(
     progress: ProgressCallback = silent,
     negatives: NegativeSlabs = "mixed",
     preparation: Preparation = IN_THIS_PROCESS,
+    not_outlined: bool = True,
 ) -> AnnotatedSlabs:
     """The slabs that one side of the split trains or validates on, drawn once and kept.
 
-    Positive: every slice marked "embolism". Negative, as many in all. Slices marked "uncertain" and slices of other
-    studies that were not reviewed are never used. Drawn once, not anew for every epoch, as in the paper (section 3.1:
-    10,388 of each). Where negative slabs come from:
+    Positive: every slice marked "embolism", outlined or not. Negative, as many in all. Slices marked "uncertain" and
+    slices of other studies that were not reviewed are never used. Drawn once, not anew for every epoch, as in the paper
+    (section 3.1: 10,388 of each). Where negative slabs come from:
 
     - ``"mixed"``: half from slices marked "none", half from the lung range of studies with the label "negative", the
       same number a study, and more of these where fewer are marked [ours].
@@ -169,13 +205,14 @@ def prepare_slabs(
         progress: told before every study; may raise ``Cancelled``.
         negatives: where slabs without embolism come from.
         preparation: in how many processes, and in how much space.
+        not_outlined: whether slices with embolism that is not outlined are used.
 
     Raises:
         InputError: if there is no slab of one kind, a study cannot be used, or there is no room.
     """
     if negatives not in get_args(NegativeSlabs):
         raise ValueError(f"negatives must be one of {', '.join(get_args(NegativeSlabs))}, got {negatives!r}")
-    positive = [_embolism_targets(source, config) for source in sources]
+    positive = [_embolism_targets(source, config, not_outlined) for source in sources]
     none = [_reviewed(source, "none") for source in sources]
     drawn_from = [source.study.label == "negative" for source in sources]
     wanted = sum(map(len, positive))
@@ -222,7 +259,7 @@ class _Wish:
     ``heights`` are those of the random ones as shares of the lung range; empty where they may lie anywhere in it.
     """
 
-    positive: Mapping[int, NDArray[np.float32]]
+    positive: Mapping[int, NDArray[np.int8]]
     negative: Sequence[int]
     random: int
     uncertain: Sequence[int]
@@ -238,10 +275,14 @@ class _Wish:
         return hashlib.sha256(json.dumps([wish, asdict(config)]).encode()).hexdigest()
 
 
-def _embolism_targets(source: StudySource, config: SlabConfig) -> dict[int, NDArray[np.float32]]:
-    """Targets of the slices on which embolism is outlined, by slice index."""
+def _embolism_targets(source: StudySource, config: SlabConfig, not_outlined: bool) -> dict[int, NDArray[np.int8]]:
+    """Targets of the slices marked "embolism", by slice index; all cells are unknown where nothing is outlined."""
     name = source.study.study
-    indices = [reviewed.slice_index for reviewed in source.reviewed or () if reviewed.outlined]
+    indices = [
+        reviewed.slice_index
+        for reviewed in source.reviewed or ()
+        if reviewed.outlined or (not_outlined and reviewed.state == "embolism")
+    ]
     annotation = source.annotation() if indices else None
     if annotation is None:
         return {}
@@ -251,7 +292,10 @@ def _embolism_targets(source: StudySource, config: SlabConfig) -> dict[int, NDAr
         )
     targets = {}
     for index in indices:
-        target = attention_target(annotation.masks[index], config)
+        if index not in annotation.masks:
+            targets[index] = np.full((config.grid, config.grid), UNKNOWN, np.int8)
+            continue
+        target = attention_target(annotation.masks[index], config).astype(np.int8)
         if target.any():
             targets[index] = target
         else:
@@ -283,8 +327,8 @@ class _SlabEntry(Entry):
     def of(cls, source: StudySource, wish: _Wish, config: SlabConfig, cache_dir: Path) -> _SlabEntry:
         fields = [
             ("slab", "<f2", (config.slices_per_slab, config.crop, config.crop)),
-            ("target", "u1", (config.grid, config.grid)),
-            ("label", "u1"),
+            ("target", "i1", (config.grid, config.grid)),
+            ("label", "i1"),
             ("slice", "<i4"),
         ]
         dtype = np.dtype(fields)
