@@ -14,7 +14,15 @@ from pe_app.training.datasets.features import (
     encoder_key,
     feature_bytes,
 )
-from pe_app.training.datasets.slabs import UNKNOWN, AnnotatedSlabs, NegativeSlabs, NotOutlined, SlabItem, TwinSlabs, prepare_slabs
+from pe_app.training.datasets.slabs import (
+    UNKNOWN,
+    AnnotatedSlabs,
+    NegativeSlabs,
+    NotOutlined,
+    SlabItem,
+    TwinSlabs,
+    prepare_slabs,
+)
 from pe_app.training.datasets.sources import StudySource, read_sources
 
 __all__ = [
