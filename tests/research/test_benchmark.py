@@ -10,7 +10,7 @@ from pe_app.common.errors import InputError
 from pe_app.common.progress import Cancelled
 from pe_app.ct.volume import PADDING_HU
 from pe_app.ct.volume_io import read_mask, read_volume
-from pe_app.phantom import benchmark
+from pe_app.research import benchmark
 from pe_app.research.benchmark import BenchmarkConfig, add_nuisance, read_truth_table, write_benchmark
 from pe_app.studies import read_studies
 

@@ -476,7 +476,8 @@ def test_a_killed_training_goes_on_bit_by_bit(studies, quick1, tmp_path):
     out, here = tmp_path / "encoder.safetensors", Path(__file__).parent
     write_studies(studies, tmp_path / "studies.csv")
     arguments = [str(tmp_path / "studies.csv"), str(out), str(here), str(total // 2 + 2)]
-    environment = {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
+    places = os.pathsep.join(map(str, (here.parents[1], here.parent)))
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert json.loads((out.with_suffix(".run") / "status.json").read_text())["epoch"] == 1
