@@ -173,7 +173,7 @@ def _many(
     problems = sum(bool(outcome.problem) for outcome in outcomes)
     said = [f"{share}{', ' if share.details else ''}{share.details}"]
     said += [f"{problems} could not be published: run it again"] if problems else []
-    said += sorted({f"{outcome.meaningless}: no number is a finding" for outcome in outcomes if outcome.meaningless})
+    said += sorted({f"{outcome.not_clinical}: not a clinical result" for outcome in outcomes if outcome.not_clinical})
     typer.echo(f"{'. '.join(said)}. Worklist: {out / PAGE}. Research use only, not for diagnosis.", err=as_json)
     if share.failed or problems:
         raise typer.Exit(EXIT_INCOMPLETE)
@@ -188,7 +188,7 @@ def outcome_line(outcome: Outcome) -> str:
         return f"  not analysed  {outcome.study}: {outcome.message}"
     first = detection.candidates[0] if detection.candidates else None
     where = ", ".join(part for part in (f"slice {first.slice_index}", first.place) if part) if first else ""
-    notes = [outcome.meaningless.lower(), where, outcome.problem, "known already" if outcome.known else ""]
+    notes = [outcome.not_clinical.lower(), where, outcome.problem, "known already" if outcome.known else ""]
     return f"  {detection.probability:.3f}  {outcome.study}" + "".join(f"; {note}" for note in notes if note)
 
 

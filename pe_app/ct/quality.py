@@ -56,7 +56,7 @@ MEDIASTINUM_MM = 120.0
 
 @dataclass(frozen=True)
 class Reason:
-    """One finding about a study's fitness.
+    """One observation on a study's fitness.
 
     Attributes:
         code: stable name for programs, one of ``CODES``.

@@ -22,6 +22,9 @@ SCHEMA = "pe-detection/2"
 SCHEMAS_READ = (SCHEMA, "pe-detection/1")
 NOTICE = "Research use only, not for diagnosis."
 
+NOT_CLINICAL = {"untrained_model": "Untrained model", "demo_model": "Demonstration model"}
+"""Reasons of a model whose numbers are not a clinical result, and what such a model is called."""
+
 CANDIDATE_THRESHOLD = 0.5
 """Attention x slab probability from which a region is a candidate: nowhere in a slab that is rather without embolism
 [ours]. With 0.3, the model that ships found no more emboli and showed ten times as many false candidates."""
@@ -169,6 +172,16 @@ class Detection:
     def positive(self) -> bool | None:
         """Whether the probability reaches the threshold; None when refused."""
         return None if self.probability is None else self.probability >= self.threshold
+
+    @property
+    def not_clinical(self) -> str:
+        """``Demonstration model`` or ``Untrained model``, whose numbers are not a clinical result; else empty."""
+        return next((NOT_CLINICAL[reason.code] for reason in self.reasons if reason.code in NOT_CLINICAL), "")
+
+    @property
+    def caution(self) -> str:
+        """What heads everything that shows this detection; empty for a model trained on real emboli."""
+        return f"{self.not_clinical}: not a clinical result" if self.not_clinical else ""
 
     def to_json(self) -> dict[str, object]:
         """The detection as plain finite JSON, schema ``pe-detection/2``.

@@ -128,12 +128,13 @@ class ModelCard:
         if self.encoder is None or self.classifier is None:
             stage = "Neither stage" if self.encoder is None else "Stage II, the study probability,"
             state = "is trained" if self.encoder is None else "is not trained"
-            message = f"{stage} {state} in model '{self.name}': its numbers are random and mean nothing."
+            message = f"{stage} {state} in model '{self.name}': its numbers are random, not for clinical use."
             return (Reason("untrained_model", message, refuses=False),)
         if self.encoder.synthetic or self.classifier.synthetic:
             message = (
                 f"Model '{self.name}' was trained on simulated and painted emboli only; it has never seen a real "
-                "embolism. It shows how the program works and where to start training; it is no finding."
+                "embolism. It shows how the program works and where to start training; "
+                "its numbers are not a clinical result."
             )
             return (Reason("demo_model", message, refuses=False),)
         return ()

@@ -39,9 +39,6 @@ THUMBNAIL_PX = 220
 BODY_HU = -300
 """Tissue is above, air and lung are below."""
 
-MEANINGLESS = {"untrained_model": "Untrained model", "demo_model": "Demonstration model"}
-"""Reasons of the model that make its numbers no finding, in words."""
-
 _BACKGROUND, _INK, _MUTED, _ACCENT, _WARNING = "#14181d", "#e8ecf0", "#8d99a6", "#ffb000", "#ff6b5e"
 
 
@@ -213,13 +210,12 @@ def extent_words(detection: Detection) -> str:
 
 
 def verdict(detection: Detection) -> str:
-    """One line on the study: its probability against the threshold, or that there is none; and if it is no finding."""
+    """One line on the study: its probability against the threshold or why there is none, after any caution."""
     if detection.probability is None:
         return "Not analysed: " + "; ".join(reason.code for reason in detection.reasons if reason.refuses)
     side = "at or above" if detection.positive else "below"
     said = f"Probability of embolism {detection.probability:.3f}, {side} the threshold of {detection.threshold:.2f}"
-    model = next((MEANINGLESS[reason.code] for reason in detection.reasons if reason.code in MEANINGLESS), None)
-    return f"{model}, no finding. {said}" if model else said
+    return f"{detection.caution}. {said}" if detection.caution else said
 
 
 def _where(detection: Detection, table: str) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from pe_app.model.detection import NOTICE, Detection
-from pe_app.results.result_files import MEANINGLESS, THUMBNAILS
+from pe_app.model.detection import NOT_CLINICAL, NOTICE, Detection
+from pe_app.results.result_files import THUMBNAILS
 
 SCHEMA = "pe-result/1"
 
@@ -60,10 +60,9 @@ class Outcome:
     known: bool = False
 
     @property
-    def meaningless(self) -> str:
-        """Why its numbers say nothing of the patient, in two words; empty for a model that has seen emboli."""
-        codes = [reason.code for reason in self.detection.reasons] if self.detection else []
-        return next((words for code, words in MEANINGLESS.items() if code in codes), "")
+    def not_clinical(self) -> str:
+        """The kind of model whose numbers are not a clinical result (``Detection.not_clinical``); else empty."""
+        return self.detection.not_clinical if self.detection else ""
 
     @property
     def kind(self) -> str:
@@ -161,8 +160,8 @@ def worklist_page(outcomes: Sequence[Outcome], out: Path, total: int = 0) -> str
     threshold = next((outcome.detection.threshold for outcome in analysed if outcome.detection), None)
     suspicious = "Suspicious" if threshold is None else f"Suspicious (from {threshold:.2f})"
     order = "By probability of embolism"
-    if any(outcome.meaningless for outcome in analysed):
-        suspicious, order = f"From {threshold:.2f} (no findings)", "By the model's number, which is no finding"
+    if any(outcome.not_clinical for outcome in analysed):
+        suspicious, order = f"From {threshold:.2f}", "By the model's number: not a clinical result"
     filters = "".join(
         f'<label><input type="radio" name="show" value="{value}"{" checked" if value == "all" else ""}>'
         f"<span>{html.escape(words)} <b>{count}</b></span></label>"
@@ -206,20 +205,20 @@ def _row(outcome: Outcome, out: Path, usual_model: str) -> str:
     link = f'<a href="{quote(outcome.folder)}/index.html">{name}</a>' if outcome.folder else name
     if detection is not None and detection.probability is not None:
         number = f'<b class="p">{detection.probability:.2f}</b>'
-        number += f"<small>{html.escape(outcome.meaningless) or _side(detection)}</small>"
+        number += f"<small>{html.escape(outcome.not_clinical) or _side(detection)}</small>"
     else:
         number = f'<b class="no">not analysed</b><small>{html.escape(outcome.status)}</small>'
     notes = [("stop", outcome.message)] if outcome.message else []
     notes += [("stop", f"The result is here, but: {outcome.problem}")] if outcome.problem else []
     if detection is not None:
         if detection.status == "analysed":  # of a refused one the study's own page tells the lesser reasons too
-            listed = (reason for reason in detection.reasons if reason.code not in MEANINGLESS)
+            listed = (reason for reason in detection.reasons if reason.code not in NOT_CLINICAL)
             notes += [("warn", reason.message) for reason in listed]
         notes += [("warn", f"By another model: {_model(outcome)}")] if _model(outcome) != usual_model else []
     where = "".join(f"<li>{html.escape(words)}</li>" for words in (_places(detection) if detection is not None else []))
     extent = detection.extent_estimate if detection is not None else None
     return (
-        f'<article class="{outcome.kind}{" meaningless" if outcome.meaningless and outcome.kind != "none" else ""}" '
+        f'<article class="{outcome.kind}{" not-clinical" if outcome.not_clinical and outcome.kind != "none" else ""}" '
         f'data-name="{html.escape(outcome.study.lower())}">'
         f'<div class="number">{number}</div><div class="words"><h3>{link}</h3>'
         + "".join(f'<p class="{kind}">{html.escape(words)}</p>' for kind, words in notes)
@@ -290,16 +289,16 @@ def _model(outcome: Outcome) -> str:
 
 
 def _model_warning(analysed: Sequence[Outcome]) -> str:
-    """What takes the meaning from the numbers, in large letters: the model's own words."""
+    """Why the numbers are not a clinical result, in large letters: the model's own words."""
     reasons = {
-        reason.message: MEANINGLESS[reason.code]
+        reason.message: NOT_CLINICAL[reason.code]
         for outcome in analysed
         if outcome.detection
         for reason in outcome.detection.reasons
-        if reason.code in MEANINGLESS
+        if reason.code in NOT_CLINICAL
     }
     return "".join(
-        f'<p class="model"><b>{html.escape(title)}: no number here is a finding.</b> {html.escape(message)}</p>'
+        f'<p class="model"><b>{html.escape(title)}: not a clinical result.</b> {html.escape(message)}</p>'
         for message, title in reasons.items()
     )
 
@@ -373,11 +372,11 @@ article { align-items: start; background: var(--card); border-left: 5px solid va
   display: grid; gap: .4rem 1.3rem; grid-template-columns: 7.2rem minmax(11rem, 1fr) minmax(0, 470px) 210px;
   margin-top: .6rem; padding: .8rem 1rem; }
 article.above { border-color: var(--red); } article.below { border-color: var(--blue); }
-article.none { border-color: var(--amber); } article.meaningless { border-color: var(--muted); }
+article.none { border-color: var(--amber); } article.not-clinical { border-color: var(--muted); }
 .number b { display: block; } .number small { color: var(--muted); display: block; }
 .p { font-size: 2rem; font-variant-numeric: tabular-nums; line-height: 1.1; } .above .p { color: var(--red); }
-.meaningless .p { color: var(--muted); font-size: 1.4rem; font-weight: 500; } .no { color: var(--amber); }
-.meaningless .number small { color: var(--amber); }
+.not-clinical .p { color: var(--muted); font-size: 1.4rem; font-weight: 500; } .no { color: var(--amber); }
+.not-clinical .number small { color: var(--amber); }
 h3 { font-size: 1.05rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 .words p { margin: .2rem 0; overflow-wrap: anywhere; } .words ol { margin: .2rem 0; padding-left: 1.3rem; }
 .stop { color: var(--amber); } .warn { color: var(--amber); font-size: .9em; }
@@ -391,7 +390,7 @@ svg { display: block; overflow: visible; width: 100%; } path { fill: none; strok
 polyline { fill: none; stroke: var(--blue); stroke-width: 1.6; vector-effect: non-scaling-stroke; }
 polygon { fill: var(--blue); opacity: .22; } circle { fill: var(--amber); }
 .above polyline { stroke: var(--red); } .above polygon { fill: var(--red); }
-.meaningless polyline { stroke: var(--muted); } .meaningless polygon, .meaningless circle { fill: var(--muted); }
+.not-clinical polyline { stroke: var(--muted); } .not-clinical polygon, .not-clinical circle { fill: var(--muted); }
 @media (max-width: 1000px) {
   article { grid-template-columns: 6.4rem 1fr; } .pictures, .curve { grid-column: 1 / -1; }
   .pictures:empty, .curve:empty { display: none; } .curve { max-width: 470px; }

@@ -96,7 +96,7 @@ def test_many_studies_make_a_worklist_and_the_bad_one_costs_exit_code_4_and_no_o
     lines = [json.loads(line) for line in first.stdout.splitlines()]
     assert [(line["study"], line["status"]) for line in lines] == [("bad", "failed"), ("good", "analysed")]
     assert "2 studies, bad to good" in first.stderr
-    assert "1 of 2 analysed (50%), 1 failed. Untrained model: no number is a finding." in first.stderr
+    assert "1 of 2 analysed (50%), 1 failed. Untrained model: not a clinical result." in first.stderr
     alone = json.loads((workplace / "list" / "good" / "detection.json").read_text())
     assert lines[1]["detection"] == alone
     page = (workplace / "list" / "index.html").read_text()

@@ -197,15 +197,17 @@ def test_a_refused_study_has_a_report_that_says_why_and_no_number(write_series):
     assert "59282003" not in said
 
 
-@pytest.mark.parametrize(("reason", "words"), [(UNTRAINED, "UNTRAINED MODEL"), (DEMO, "DEMO MODEL")])
-def test_what_a_model_without_real_training_says_never_looks_like_a_finding(write_series, reason, words):
+@pytest.mark.parametrize(("reason", "words"), [(UNTRAINED, "Untrained model"), (DEMO, "Demonstration model")])
+def test_what_a_model_without_real_training_shows_never_looks_like_a_clinical_result(write_series, reason, words):
     _, volume = read_turned(write_series)
     objects = detection_objects(detection_of(volume, reason), volume)
     for dataset in objects.values():
-        assert dataset.SeriesDescription.startswith(f"{words}, NO FINDING")
+        assert dataset.SeriesDescription.startswith(f"{words}: not a clinical result")
         assert "59282003" not in text_of(dataset)
     assert words in objects["report.dcm"].ConceptNameCodeSequence[0].CodeMeaning
-    assert all(words in segment.SegmentLabel for segment in objects["candidates.dcm"].SegmentSequence)
+    for segment in objects["candidates.dcm"].SegmentSequence:
+        assert segment.SegmentLabel.startswith(f"Model attention ({words.lower()})")
+        assert segment.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == f"Model attention ({words.lower()})"
     has_numbers = any(element.keyword == "NumericValue" for element in objects["report.dcm"].iterall())
     assert has_numbers == (reason is DEMO)
 

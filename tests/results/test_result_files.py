@@ -56,10 +56,10 @@ def test_a_refused_study_is_pictured_too_and_says_why(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "words"), [("untrained_model", "Untrained model"), ("demo_model", "Demonstration")])
-def test_the_verdict_of_a_model_that_saw_no_real_embolism_begins_with_no_finding(code, words):
+def test_the_verdict_of_a_model_that_saw_no_real_embolism_begins_with_a_caution(code, words):
     said = replace(detection(), reasons=(Reason(code, "it saw none", refuses=False),))
     assert verdict(said).startswith(words)
-    assert "no finding" in verdict(said).partition("Probability")[0]
+    assert ": not a clinical result. Probability" in verdict(said)
     assert verdict(detection()).startswith("Probability")
 
 

@@ -103,9 +103,9 @@ def test_every_study_without_a_number_says_why_in_words():
 @pytest.mark.parametrize(("reason", "title"), [(DEMO, "Demonstration model"), (UNTRAINED, "Untrained model")])
 def test_numbers_of_a_model_that_knows_nothing_are_marked_at_the_top_and_at_every_study(reason, title):
     page = Page(worklist_page([analysed("a", 0.97, reason), analysed("b", 0.2, reason)], Path("nowhere")))
-    assert f"{title}: no number here is a finding." in page.words
+    assert f"{title}: not a clinical result." in page.words
     assert reason.message in page.words
-    assert page.classes() == ["above meaningless", "below meaningless"]
+    assert page.classes() == ["above not-clinical", "below not-clinical"]
     assert page.words.count(title) == 3
     assert "Suspicious" not in page.words
 

@@ -236,14 +236,14 @@ def test_the_worklist_is_filtered_sorted_and_says_who_reads_a_study(desk):
     assert cells(0) == []
 
 
-def test_the_worklist_says_why_a_study_was_not_analysed_and_that_a_demo_models_number_is_no_finding(desk):
+def test_the_worklist_says_why_a_study_was_not_analysed_and_that_a_demo_models_number_is_not_clinical(desk):
     desk.server.studies["study-1"]["row"].update(usable=False, reason="no contrast: 43 HU")
     desk.server.studies["study-2"]["row"].update(probability=0.97, model="starter 1", reasons=["demo_model"])
     desk.connect()
     table = desk.ui.worklistTable
     desk.panel.worklist.sort(3)
     cells = [[table.item(row, column).text() for column in (0, 3, 4)] for row in range(table.rowCount)]
-    assert cells[0] == ["study-2", "0.97", "no finding: model starter 1 has seen no real embolism"]
+    assert cells[0] == ["study-2", "0.97", "not a clinical result: model starter 1 has seen no real embolism"]
     assert cells[1] == ["study-1", "", "no contrast: 43 HU"]
 
 

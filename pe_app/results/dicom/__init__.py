@@ -2,7 +2,7 @@
 
 All lie in the source's study, patient and frame of reference and refer to its instances. What is the same content has
 the same UIDs, so that an archive that holds them needs no second copy. Research use only: every object says so, and
-one of a model that is untrained or has seen no real embolism says in its description that it is no finding.
+one of a model that is untrained or has seen no real embolism is described as not a clinical result.
 """
 
 from __future__ import annotations

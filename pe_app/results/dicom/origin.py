@@ -29,9 +29,6 @@ RESEARCH = "research use only"
 FIRST_SERIES_NUMBER = 9100
 """Results come after the scanner's own series in every viewer's list."""
 
-NO_FINDING = {"untrained_model": "UNTRAINED MODEL, NO FINDING", "demo_model": "DEMO MODEL, NO FINDING"}
-"""Reasons of a model whose numbers are no finding, and how every object of it is headed."""
-
 _NAMESPACE = uuid.UUID("5bb0a5b2-3f0e-5f0c-9d8a-0f5d3c0f6c11")
 _TYPE_2 = (  # what may be empty, but highdicom wants to be there
     "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
@@ -139,15 +136,9 @@ def code(value: str, meaning: str) -> CodedConcept:
     return CodedConcept(value, "99PEAPP", meaning)
 
 
-def heading(detection: Detection) -> str:
-    """What stands before every description: that the numbers are no finding, or nothing."""
-    return next((NO_FINDING[reason.code] for reason in detection.reasons if reason.code in NO_FINDING), "")
-
-
 def described(detection: Detection, what: str) -> str:
     """A series description, at most 64 characters."""
-    head = heading(detection)
-    return f"{head}: {what}" if head else f"{what} ({RESEARCH})"
+    return f"{detection.caution}; {what}" if detection.caution else f"{what} ({RESEARCH})"
 
 
 def describe(dataset: Dataset, detection: Detection | None, what: str) -> None:

@@ -23,7 +23,6 @@ from pe_app.results.dicom.origin import (
     describe,
     described,
     equipment,
-    heading,
 )
 
 LONGEST_TEXT = 1024
@@ -43,9 +42,9 @@ def candidate_segmentation(result: DetectionResult, origin: Origin, key: str) ->
     segments = [
         SegmentDescription(
             segment_number=candidate.rank,
-            segment_label=f"{heading(detection) or 'Candidate'} {candidate.rank}",
+            segment_label=_label(detection, candidate),
             segmented_property_category=_category(detection),
-            segmented_property_type=finding(detection),
+            segmented_property_type=shown_by(detection),
             algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm(detection.model),
             tracking_uid=tracking_uid(key, candidate),
@@ -148,9 +147,11 @@ def candidate_mask(result: DetectionResult, volume: Volume) -> NDArray[np.uint8]
     return ranks
 
 
-def finding(detection: Detection) -> object:
-    """What a candidate stands for: pulmonary embolism, or nothing at all where the model's numbers are no finding."""
-    return code("ATTENTION", "Region of attention, no finding") if heading(detection) else codes.SCT.PulmonaryEmbolism
+def shown_by(detection: Detection) -> object:
+    """What a candidate stands for: pulmonary embolism, or only attention of a model that knows no real embolism."""
+    if detection.caution:
+        return code("ATTENTION", f"Model attention ({detection.not_clinical.lower()})")
+    return codes.SCT.PulmonaryEmbolism
 
 
 def tracking_uid(key: str, candidate: Candidate) -> str:
@@ -169,8 +170,13 @@ def _nearest_cells(volume: Volume, grid: Volume) -> list[NDArray[np.int64]]:
     return nearest
 
 
+def _label(detection: Detection, candidate: Candidate) -> str:
+    what = f"Model attention ({detection.not_clinical.lower()})" if detection.caution else "Candidate"
+    return f"{what} {candidate.rank}"
+
+
 def _category(detection: Detection) -> object:
-    return codes.SCT.SpatialAndRelationalConcept if heading(detection) else codes.SCT.MorphologicallyAbnormalStructure
+    return codes.SCT.SpatialAndRelationalConcept if detection.caution else codes.SCT.MorphologicallyAbnormalStructure
 
 
 def _reviewed(annotation: SparseAnnotation) -> str:

@@ -21,7 +21,7 @@ from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import resample_like
 from pe_app.model.detection import CANDIDATE_THRESHOLD, NOTICE, Detection
 from pe_app.model.detector import DetectionResult
-from pe_app.results.dicom.origin import FIRST_SERIES_NUMBER, Origin, derived_uid, describe, equipment, heading
+from pe_app.results.dicom.origin import FIRST_SERIES_NUMBER, Origin, derived_uid, describe, equipment
 from pe_app.results.dicom.report import has_numbers
 from pe_app.results.result_files import PE_WINDOW_HU, strongest_slices, verdict
 
@@ -152,8 +152,8 @@ def _page() -> tuple[Figure, Axes]:
 
 def _banner(figure: Figure, detection: Detection) -> None:
     _write(figure, 0.02, 0.985, NOTICE, _WARNING, "top")
-    if heading(detection):
-        _write(figure, 0.02, 0.94, heading(detection), _WARNING, "top")
+    if detection.caution:
+        _write(figure, 0.02, 0.94, detection.caution, _WARNING, "top")
 
 
 def _write(figure: Figure, x: float, y: float, text: str, colour: str, anchor: str) -> None:

@@ -29,19 +29,17 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from pe_app.model.detection import NOTICE, Candidate, Detection, Evidence, Point
+from pe_app.model.detection import NOT_CLINICAL, NOTICE, Candidate, Detection, Evidence, Point
 from pe_app.results.dicom.origin import (
     FIRST_SERIES_NUMBER,
     MANUFACTURER,
-    NO_FINDING,
     Origin,
     code,
     derived_uid,
     describe,
     equipment,
-    heading,
 )
-from pe_app.results.dicom.outlines import finding, tracking_uid
+from pe_app.results.dicom.outlines import shown_by, tracking_uid
 
 UNTRAINED = "untrained_model"
 
@@ -93,7 +91,7 @@ def structured_report(
     sr.ManufacturerModelName, sr.SoftwareVersions = own["manufacturer_model_name"], own["software_versions"]
     sr.DeviceSerialNumber = own["device_serial_number"]
     refused = detection.probability is None
-    describe(sr, detection, "PE report, not analysed" if refused else "PE report")
+    describe(sr, detection, "PE report, refused" if refused else "PE report")
     return sr
 
 
@@ -103,9 +101,9 @@ def has_numbers(detection: Detection) -> bool:
 
 
 def _title(detection: Detection) -> Code | CodedConcept:
-    if not heading(detection):
+    if not detection.caution:
         return codes.DCM.ImagingMeasurementReport
-    return code("NOFINDING", f"{heading(detection)}: report")
+    return code("NOTCLINICAL", f"{detection.caution}; report")
 
 
 def _groups(detection: Detection, origin: Origin, key: str) -> list[MeasurementsAndQualitativeEvaluations]:
@@ -138,7 +136,7 @@ def _study(detection: Detection, key: str) -> MeasurementsAndQualitativeEvaluati
             measurements.append(Measurement(name, extent.volume_ml, codes.UCUM.CubicCentimeter))
         side = code("ATORABOVE", "At or above") if detection.positive else code("BELOW", "Below")
         evaluations.append(QualitativeEvaluation(code("VSTHRESHOLD", "Probability against threshold"), side))
-    if any(not reason.refuses and reason.code not in NO_FINDING for reason in detection.reasons):
+    if any(not reason.refuses and reason.code not in NOT_CLINICAL for reason in detection.reasons):
         evaluations.append(QualitativeEvaluation(codes.DCM.ImagingStudyQuality, codes.RADLEX.LimitedQuality))
     evaluations += [
         QualitativeEvaluation(
@@ -149,7 +147,7 @@ def _study(detection: Detection, key: str) -> MeasurementsAndQualitativeEvaluati
     ]
     group = MeasurementsAndQualitativeEvaluations(
         TrackingIdentifier(derived_uid(key, "study"), "study"),
-        finding_type=finding(detection) if has_numbers(detection) else None,
+        finding_type=shown_by(detection) if has_numbers(detection) else None,
         algorithm_id=_model(detection),
         measurements=measurements or None,
         qualitative_evaluations=evaluations,
@@ -200,7 +198,7 @@ def _candidate(
         referenced_region=ImageRegion3D(
             "POINT", np.array([candidate.centre_lps_mm]), origin.source.frame_of_reference_uid
         ),
-        finding_type=finding(detection),
+        finding_type=shown_by(detection),
         finding_sites=[
             FindingSite(codes.SCT.Lung, _SIDES.get(candidate.side or ""), _LEVELS.get(candidate.level or ""))
         ],

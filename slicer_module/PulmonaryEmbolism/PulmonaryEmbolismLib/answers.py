@@ -67,8 +67,8 @@ class Row:
     reasons: Tuple[str, ...] = ()
 
     @property
-    def no_finding(self) -> bool:
-        """Whether the model that spoke has never seen a real embolism: its probability says nothing."""
+    def not_clinical(self) -> bool:
+        """Whether the model has never seen a real embolism: its probability is not a clinical result."""
         return any(code in self.reasons for code in ("untrained_model", "demo_model"))
 
     @classmethod

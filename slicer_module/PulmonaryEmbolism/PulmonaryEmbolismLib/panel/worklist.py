@@ -103,8 +103,8 @@ class Worklist:
         reviewed = {"complete": _("complete"), "not_started": "—"}.get(row.state, f"{row.reviewed}/{row.scheduled}")
         probability = "" if row.probability is None else f"{row.probability:.2f}"
         model = _("model {version}").format(version=row.model) if row.model else ""
-        if row.no_finding and row.probability is not None:
-            model = _("no finding: {model} has seen no real embolism").format(model=model)
+        if row.not_clinical and row.probability is not None:
+            model = _("not a clinical result: {model} has seen no real embolism").format(model=model)
         other = row.held_by if row.held_by != self.panel.client.reader else ""
         note = row.reason if not row.usable else _("read by {who}").format(who=other) if other else model
         return [row.study, reviewed, row.label, probability, note]
