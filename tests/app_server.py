@@ -22,18 +22,24 @@ from pe_app.phantom import Phantom, PhantomConfig, make_phantom
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "apps" / "pulmonary_embolism"
 
-START = """
-import logging, sys
+SHAPE, SPACING_MM = (48, 96, 96), (5.0, 3.2, 3.2)
+"""Of ``chest``."""
+
+
+HOSTILE = """
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-from lib.server import serve
-serve(Path(sys.argv[2]), "127.0.0.1", int(sys.argv[3]), Path(sys.argv[4]))
+Path(__file__).with_name("executed").touch()
+raise SystemExit("a module of the current folder was executed")
 """
 
 
-SHAPE, SPACING_MM = (48, 96, 96), (5.0, 3.2, 3.2)
-"""Of ``chest``."""
+def hostile_folder(folder: Path) -> Path:
+    """A folder with modules named like ours and like those of research code; ``executed`` appears if one is run."""
+    for name in ("lib/__init__.py", "main.py", "pe_monailabel.py", "pe_app.py", "monailabel.py", "torch.py"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(HOSTILE)
+    return folder
 
 
 def free_port() -> int:
@@ -43,27 +49,29 @@ def free_port() -> int:
 
 
 class Server:
-    """A running server: its address, its folder, and the requests that the tests make."""
+    """A running ``pe-app serve``: its address, its folder, and the requests that the tests make.
 
-    def __init__(self, studies: Path, model: Path) -> None:
+    Args:
+        studies: its folder.
+        model: to start with.
+        options: more of the command.
+        source: what is served, if not the folder.
+    """
+
+    def __init__(self, studies: Path, model: Path, *options: str, source: str = "") -> None:
         self.studies = studies
         self.log = studies.parent / "server.log"
-        self.address = f"http://127.0.0.1:{free_port()}"
-        self._command = [
-            sys.executable,
-            "-c",
-            START,
-            str(APP),
-            str(studies),
-            self.address.rpartition(":")[2],
-            str(model),
-        ]
+        self.current = hostile_folder(studies.parent / "current")
+        port = str(free_port())
+        self.address = f"http://127.0.0.1:{port}"
+        program = [sys.executable, "-P", "-m", "pe_app", "serve", source or str(studies)]
+        self._command = [*program, "--port", port, "--model", str(model), *options]
         self.start()
 
     def start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self._command, cwd=self.current, env=environment, stdout=log, stderr=log)
         for _ in range(400):
             if self.process.poll() is not None:
                 break

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 import slicer_paths  # noqa: F401
-from app_server import APP, ROOT, chest, free_port
+from app_server import ROOT, chest, free_port
 from PulmonaryEmbolismLib.client import Client
 from PulmonaryEmbolismLib.transport import ServerError
 from small_studies import CLASSIFIER, ENCODER, SLABS
@@ -26,10 +26,8 @@ from pe_app.cli import app as pe_app_command
 from pe_app.common.errors import InputError
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detector import Detector
-
-sys.path.insert(0, str(APP))
-from lib.access import Caller, Role, TokenFile
-from lib.door import Door
+from pe_monailabel.lib.access import Caller, Role, TokenFile
+from pe_monailabel.lib.door import Door
 
 ROLES = {"rita": "reader", "ann": "annotator", "ada": "admin", "bob": "annotator"}
 

@@ -1,12 +1,11 @@
 """Every version of a label over REST and with ``pe-app labels``: listed, fetched, restored, never rewritten."""
 
 import json
-import sys
 
 import nrrd
 import numpy as np
 import pytest
-from app_server import APP, running_server
+from app_server import running_server
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
 from typer.testing import CliRunner
 
@@ -174,8 +173,7 @@ def test_the_command_line_works_on_the_folder_that_a_server_serves(server, save,
 
 
 def test_models_are_listed_pinned_and_rolled_back_without_a_restart(server):
-    sys.path.insert(0, str(APP))
-    from lib.models import Models
+    from pe_monailabel.lib.models import Models
 
     start = server.json("GET", "/pe/models")
     assert (start["models"], start["pinned"]) == ([], False)

@@ -1,20 +1,16 @@
 """The models of a store: checked before they are kept, one served, a former one taken back."""
 
 import json
-import sys
 import threading
 
 import pytest
-from app_server import APP
 from small_studies import CLASSIFIER, ENCODER, SLABS
 from typer.testing import CliRunner
 
 from pe_app.cli import app as command_line
 from pe_app.common.errors import InputError
 from pe_app.model.detector import Detector
-
-sys.path.insert(0, str(APP))
-from lib.models import Models
+from pe_monailabel.lib.models import Models
 
 
 @pytest.fixture(scope="module")

@@ -3,61 +3,38 @@
 import json
 import os
 import signal
-import sys
 import time
 
 import pytest
-from app_server import APP, SHAPE, chest
-from small_studies import CLASSIFIER, ENCODER, SLABS
+from annotated_store import SETTINGS, annotated_store
 
-from pe_app.annotation.sparse import SparseAnnotation
+import pe_monailabel.lib.compat  # before monailabel
 from pe_app.common.errors import InputError
 from pe_app.common.progress import Progress
-from pe_app.ct.volume_io import write_volume
-from pe_app.model.detector import Detector
-
-sys.path.insert(0, str(APP))
-import lib.compat  # before monailabel
 
 # isort: split
-import lib.train
-from lib.active import Leases
-from lib.infer import Jobs
-from lib.labels import Conflict
-from lib.limits import Busy
-from lib.models import Models
-from lib.store import StudyStore
-from lib.train import StageTask, Trainings
+import pe_monailabel.lib.train
+from pe_monailabel.lib.active import Leases
+from pe_monailabel.lib.infer import Jobs
+from pe_monailabel.lib.labels import Conflict
+from pe_monailabel.lib.limits import Busy
+from pe_monailabel.lib.models import Models
+from pe_monailabel.lib.train import StageTask, Trainings
 
 PROGRESS = Progress("train", 1, 2)
 PATIENCE = 800
 """Seconds, for a machine that does other things too."""
-SETTINGS = {"matrix": 64, "crop": 64, "slab_count": 6, "width": 8, "filters": 4, "batch": 8, "synthetic": True}
 
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     """Six studies: three with annotated emboli, three negative."""
-    folder = tmp_path_factory.mktemp("trainings") / "studies"
-    chests = {f"study{number}": chest(number, emboli=3 * (number % 2)) for number in range(6)}
-    for name, (volume, _) in chests.items():
-        write_volume(volume, folder / f"{name}.nrrd")
-    store = StudyStore(folder)
-    for name, (volume, mask) in chests.items():
-        positive = bool(mask.voxels.any())
-        store.update_image_info(name, {"pe_label": "positive" if positive else "negative"})
-        if positive:
-            annotation = SparseAnnotation.from_mask(volume, mask, range(4, SHAPE[0] - 4, 2), "reader")
-            annotation.write(folder.parent / "sent.json", volume)
-            store.save(name, folder.parent / "sent.seg.nrrd", "draft", {"annotation": annotation.to_json()})
-    Detector.untrained(0, SLABS, ENCODER, CLASSIFIER).save(folder.parent / "start.safetensors")
-    return store
+    return annotated_store(tmp_path_factory.mktemp("trainings"))
 
 
 @pytest.fixture
 def server(studied, monkeypatch):
     """``server()`` is the queue of a server that starts now on the same folder as those before it."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(APP), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     opened = []
 
@@ -144,7 +121,7 @@ def test_a_training_publishes_its_model_another_waits_and_a_third_is_sent_away(s
         queue.submit("encoder", SETTINGS, "ann", enqueue=False)
     second = queue.submit("classifier", {"epochs": 1, "batch": 4, "synthetic": True}, "bob", enqueue=True)
     assert [task.status for task in queue.tasks()][1] == "SUBMITTED"
-    for _ in range(lib.train.WAITING_TASKS - 1):
+    for _ in range(pe_monailabel.lib.train.WAITING_TASKS - 1):
         queue.submit("encoder", {"epochs": "many"}, "", enqueue=True)
     with pytest.raises(Busy, match="waiting"):
         queue.submit("encoder", SETTINGS, "ann", enqueue=True)
@@ -232,7 +209,7 @@ def test_a_training_whose_server_is_killed_stops_at_its_next_step_and_the_same_r
     assert [log.count(f"epoch {epoch} of 6:") for epoch in range(1, 7)] == [1] * 6, "no epoch is trained twice"
     queue.submit("encoder", {**asked, "epochs": 1}, "ann", enqueue=False)
     assert ended(queue).run != run, "other settings make another training"
-    assert len(list(runs.glob("encoder-*"))) <= lib.train.KEPT_RUNS
+    assert len(list(runs.glob("encoder-*"))) <= pe_monailabel.lib.train.KEPT_RUNS
 
 
 @pytest.mark.timeout(2 * PATIENCE)

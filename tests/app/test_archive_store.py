@@ -14,12 +14,13 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from app_server import APP, Server, chest, free_port
+from app_server import Server, chest
 from conftest import dicom_slice
 from orthanc import PASSWORD, USER, running_orthanc
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
 from typer.testing import CliRunner
 
+import pe_monailabel.lib.compat  # before monailabel
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.cli import app as command_line
 from pe_app.common.errors import InputError
@@ -30,13 +31,10 @@ from pe_app.ct.volume_io import read_volume
 from pe_app.model.detector import Detector
 from pe_app.pacs.dicomweb import Access, Archive, Incomplete, Limits, Unavailable
 
-sys.path.insert(0, str(APP))
-import lib.compat  # before monailabel
-
 # isort: split
-import lib.archive
-from lib.archive import ArchiveSettings, ArchiveStore
-from lib.store import StudyStore
+import pe_monailabel.lib.archive
+from pe_monailabel.lib.archive import ArchiveSettings, ArchiveStore
+from pe_monailabel.lib.store import StudyStore
 
 
 def write_dicom(
@@ -80,7 +78,7 @@ def orthanc(running):
 @pytest.fixture
 def opened(orthanc, tmp_path, monkeypatch):
     """``opened()`` is the store as a server that starts has it, without its thread."""
-    monkeypatch.setattr(lib.archive, "DOWN_SECONDS", 0.0)
+    monkeypatch.setattr(pe_monailabel.lib.archive, "DOWN_SECONDS", 0.0)
 
     def opened(**settings):
         store = ArchiveStore(tmp_path / "store", ArchiveSettings(Access(orthanc.url, USER, PASSWORD), **settings))
@@ -226,7 +224,7 @@ def test_a_study_that_never_comes_whole_does_not_hold_up_others(orthanc, opened,
     for seed in (1, 2):
         orthanc.add(write_dicom(tmp_path / "sent", seed))
     store = opened()
-    monkeypatch.setattr(lib.archive, "DOWN_SECONDS", 600.0)
+    monkeypatch.setattr(pe_monailabel.lib.archive, "DOWN_SECONDS", 600.0)
     retrieve, calls = store.archive.retrieve, []
 
     def cut_off(series, *said):
@@ -264,7 +262,7 @@ def test_a_study_that_was_deleted_from_the_archive_stays_if_it_is_here(orthanc, 
 
 
 def test_the_cache_keeps_to_its_limit_but_never_gives_up_what_is_annotated(orthanc, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.archive, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(pe_monailabel.lib.archive, "GRACE_SECONDS", 0.0)
     for seed in range(1, 5):
         orthanc.add(write_dicom(tmp_path / "sent", seed))
     store = opened()
@@ -326,12 +324,7 @@ def test_outlines_drawn_on_a_fetched_ct_go_back_to_the_archive_when_asked(orthan
 def serving(folder: Path, url: str, model: Path, monkeypatch):
     """``pe-app serve`` over the archive."""
     monkeypatch.setenv("PE_ARCHIVE_PASSWORD", PASSWORD)
-    server = Server.__new__(Server)
-    server.studies, server.log, port = folder, folder.parent / "server.log", free_port()
-    server.address = f"http://127.0.0.1:{port}"
-    options = ["--cache", folder, "--user", USER, "--port", port, "--model", model]
-    server._command = [sys.executable, "-m", "pe_app", "serve", url, *map(str, options)]
-    server.start()
+    server = Server(folder, model, "--cache", str(folder), "--user", USER, source=url)
     try:
         yield server
     finally:

@@ -6,29 +6,25 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import nrrd
 import numpy as np
 import pytest
-from app_server import APP
+from monailabel.interfaces.exception import ImageNotFoundException
 from small_studies import small_chest
 
+import pe_monailabel.lib.compat  # before monailabel
+import pe_monailabel.lib.history
+import pe_monailabel.lib.index
+import pe_monailabel.lib.labels
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.common.errors import InputError
 from pe_app.ct.volume_io import read_volume, write_volume
-
-sys.path.insert(0, str(APP))
-import lib.compat  # before monailabel
-import lib.history
-import lib.index
-import lib.labels
-from lib.checks import check_study_name, check_tag, finite_json
-from lib.labels import Conflict
-from lib.store import StudyStore
-from monailabel.interfaces.exception import ImageNotFoundException
+from pe_monailabel.lib.checks import check_study_name, check_tag, finite_json
+from pe_monailabel.lib.labels import Conflict
+from pe_monailabel.lib.store import StudyStore
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +134,9 @@ def test_a_save_that_dies_anywhere_leaves_the_former_version_or_the_new_one_whol
         return write
 
     with monkeypatch.context() as patched:
-        patched.setattr(lib.history, "write_durably", dying(lib.history.write_durably))
-        patched.setattr(lib.index, "write_durably", dying(lib.index.write_durably))
-        patched.setattr(lib.labels, "show", dying(lib.labels.show))
+        patched.setattr(pe_monailabel.lib.history, "write_durably", dying(pe_monailabel.lib.history.write_durably))
+        patched.setattr(pe_monailabel.lib.index, "write_durably", dying(pe_monailabel.lib.index.write_durably))
+        patched.setattr(pe_monailabel.lib.labels, "show", dying(pe_monailabel.lib.labels.show))
         try:
             save(store, count=4)
             acknowledged = True
@@ -602,8 +598,8 @@ def test_a_save_that_counts_is_shown_although_the_disk_takes_no_index_and_writte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(lib.index, "write_durably", full)
-        patched.setattr(lib.labels, "show", lambda *_: full(None, None))
+        patched.setattr(pe_monailabel.lib.index, "write_durably", full)
+        patched.setattr(pe_monailabel.lib.labels, "show", lambda *_: full(None, None))
         revision = save(store, count=4)
         shutil.copy(studies / "one.nrrd", studies / "three.nrrd")
         assert store.list_images() == ["one", "three", "two"]

@@ -19,19 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from app_server import APP, Server, running_server
+from app_server import Server, running_server
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
 
+import pe_monailabel.lib.compat  # noqa: F401 - before monailabel
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detection import Detection, Evidence, ImageIdentity
 from pe_app.model.detector import Detector
 
-sys.path.insert(0, str(APP))
-import lib.compat  # noqa: F401 - before monailabel
-
 # isort: split
-from lib.images import Images
+from pe_monailabel.lib.images import Images
 
 REQUESTS = 200
 

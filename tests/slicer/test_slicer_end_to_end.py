@@ -23,18 +23,17 @@ ROOT = Path(__file__).parents[2]
 SERVE = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from lib import server
+from pe_monailabel.lib import server
 from pe_app.model.detector import Detector
 from pe_app.model.slab_encoder import EncoderConfig
 from pe_app.ct.slabs import SlabConfig
 from pe_app.model.study_classifier import ClassifierConfig
 classifier = ClassifierConfig(feature_channels=64, grid=16, filters=8)
 detector = Detector.untrained(0, SlabConfig(matrix=256, crop=256), EncoderConfig(width=8), classifier)
-detector.save(Path(sys.argv[4]))
-server.serve(Path(sys.argv[2]), port=int(sys.argv[3]), model=Path(sys.argv[4]))
+detector.save(Path(sys.argv[3]))
+server.serve(Path(sys.argv[1]), port=int(sys.argv[2]), model=Path(sys.argv[3]))
 """
-"""The real server with a tiny untrained detector: arguments app, studies, port, model."""
+"""The real server with a tiny untrained detector: arguments studies, port, model."""
 
 
 def silent(text, done=0, total=0):
@@ -55,9 +54,8 @@ def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = ROOT / "apps" / "pulmonary_embolism"
-    command = [sys.executable, "-c", SERVE, app, studies, str(port), folder / "tiny.safetensors"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SERVE, studies, str(port), folder / "tiny.safetensors"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = folder / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder)

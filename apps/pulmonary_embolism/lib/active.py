@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.images import ImageFacts
-from lib.infer import Detections, Summary
-from lib.labels import Conflict
-from lib.store import StudyStore, review_of
 from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.tasks.strategy import Strategy as StrategyTask
 
 from pe_app.annotation.review import SliceToReview, Strategy, StudyState, rank_studies, slices_to_review
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
+from pe_monailabel.lib.images import ImageFacts
+from pe_monailabel.lib.infer import Detections, Summary
+from pe_monailabel.lib.labels import Conflict
+from pe_monailabel.lib.store import StudyStore, review_of
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lib.images import ImageFacts
-from lib.store import StudyStore
 from monailabel.datastore.local import ImageLabelModel
 
 from pe_app.common.errors import InputError
@@ -38,6 +36,8 @@ from pe_app.ct.source_series import source_path, write_source
 from pe_app.ct.volume_io import read_volume, write_volume
 from pe_app.pacs.dicomweb import Access, Archive, ArchiveSeries, Incomplete, Unavailable
 from pe_app.studies import Study
+from pe_monailabel.lib.images import ImageFacts
+from pe_monailabel.lib.store import StudyStore
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,10 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.access import TokenFile
-from lib.guard import is_loopback
-from lib.limits import UPLOAD_BYTES
-
 from pe_app.common.errors import InputError
+from pe_monailabel.lib.access import TokenFile
+from pe_monailabel.lib.guard import is_loopback
+from pe_monailabel.lib.limits import UPLOAD_BYTES
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ import ipaddress
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from lib.access import Caller, Role, TokenFile
-from lib.audit import Audit
-from lib.limits import FORM_BYTES, RETRY_SECONDS, UPLOAD_BYTES, UPLOADS_AT_ONCE, limited
-from lib.policy import Asked, Rule, asked
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pe_monailabel.lib.access import Caller, Role, TokenFile
+from pe_monailabel.lib.audit import Audit
+from pe_monailabel.lib.limits import FORM_BYTES, RETRY_SECONDS, UPLOAD_BYTES, UPLOADS_AT_ONCE, limited
+from pe_monailabel.lib.policy import Asked, Rule, asked
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),

@@ -20,10 +20,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from lib.images import ImageFacts
-from lib.limits import DETECTION_SECONDS, Busy, TooLong
-from lib.models import Models
-from lib.store import StudyStore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
@@ -33,6 +29,10 @@ from pe_app.common.progress import Cancelled, Progress, ProgressCallback
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import image_from_volume, write_volume
 from pe_app.model.detection import CANDIDATE_THRESHOLD, Detection, ModelIdentity
+from pe_monailabel.lib.images import ImageFacts
+from pe_monailabel.lib.limits import DETECTION_SECONDS, Busy, TooLong
+from pe_monailabel.lib.models import Models
+from pe_monailabel.lib.store import StudyStore
 
 logger = logging.getLogger(__name__)
 

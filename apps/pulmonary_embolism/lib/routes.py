@@ -13,15 +13,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Form, HTTPException, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
-from lib.access import Caller, Role
-from lib.checks import finite_json, split_ending
-from lib.limits import READING, RETRY_SECONDS
-from lib.policy import LONGEST
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.task import AsyncTask
 from requests_toolbelt import MultipartEncoder
 
 from pe_app.common.errors import InputError
+from pe_monailabel.lib.access import Caller, Role
+from pe_monailabel.lib.checks import finite_json, split_ending
+from pe_monailabel.lib.limits import READING, RETRY_SECONDS
+from pe_monailabel.lib.policy import LONGEST
 
 router = APIRouter()
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import lib.compat  # noqa: F401 - before monailabel
+import pe_monailabel.lib.compat  # noqa: F401 - before monailabel
 
 # isort: split
 import errno
@@ -28,15 +28,6 @@ from fastapi import FastAPI, Request
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from lib import routes
-from lib.access import TokenFile
-from lib.archive import ArchiveSettings, ArchiveStore
-from lib.audit import Audit
-from lib.door import Door
-from lib.guard import Guard, is_loopback
-from lib.infer import SERVER_PID
-from lib.labels import Conflict
-from lib.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
 from monailabel.config import settings
 from monailabel.endpoints import batch_infer, datastore
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
@@ -48,6 +39,15 @@ import pe_app
 from pe_app.common.errors import InputError, TooLarge
 from pe_app.common.memory import keep_freed_memory
 from pe_app.common.progress import Cancelled
+from pe_monailabel.lib import routes
+from pe_monailabel.lib.access import TokenFile
+from pe_monailabel.lib.archive import ArchiveSettings, ArchiveStore
+from pe_monailabel.lib.audit import Audit
+from pe_monailabel.lib.door import Door
+from pe_monailabel.lib.guard import Guard, is_loopback
+from pe_monailabel.lib.infer import SERVER_PID
+from pe_monailabel.lib.labels import Conflict
+from pe_monailabel.lib.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +152,9 @@ def _tell_tasks() -> None:
         if value is not None:
             os.environ[name] = json.dumps(value, default=str) if isinstance(value, (list, dict)) else str(value)
     os.environ[SERVER_PID] = str(os.getpid())
-    os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = "false"  # server and app share their modules
+    os.environ["PYTHONSAFEPATH"] = "1"  # a task runs this program's modules, whatever lies in the current folder
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*filter(None, paths), str(APP_DIR)]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # an empty entry is the current folder, too
 
 
 @asynccontextmanager

@@ -1,11 +1,11 @@
 """The studies folder as MONAI Label's datastore, where what is saved stays saved.
 
     STUDIES/<study>.nii.gz | .nii | .nrrd   the CTs (in STUDIES/volumes/ where a studies.csv lies beside it)
-    STUDIES/labels/, .pe/history/           the labels and every version of them (``lib.labels``)
-    STUDIES/datastore_v2.json               MONAI Label's index (``lib.index``); rebuilt from the rest if damaged
-    STUDIES/.pe/images/                     facts of the CTs (``lib.images``); can be deleted
+    STUDIES/labels/, .pe/history/           the labels and every version of them
+    STUDIES/datastore_v2.json               MONAI Label's index; rebuilt from the rest if damaged
+    STUDIES/.pe/images/                     facts of the CTs; can be deleted
 
-What clients bring is checked in ``lib.checks``.
+What clients bring is checked in ``checks``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from filelock import FileLock
-from lib.checks import (
-    IMAGE_ENDINGS,
-    check_inside,
-    check_study_name,
-    finite_json,
-    is_listed,
-    read_annotation,
-    split_ending,
-)
-from lib.history import History, Version
-from lib.images import ImageFacts, Images
-from lib.index import Index
-from lib.labels import ANNOTATION_LINE, COUNTS, DRAFT, FINAL, OWN, SEEN, STUDY_LABEL_LINE, Conflict, Labels, line_of
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
@@ -48,6 +35,30 @@ from pe_app.common.progress import ProgressCallback, silent
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import read_mask, write_volume
 from pe_app.studies import Label, Study, read_studies
+from pe_monailabel.lib.checks import (
+    IMAGE_ENDINGS,
+    check_inside,
+    check_study_name,
+    finite_json,
+    is_listed,
+    read_annotation,
+    split_ending,
+)
+from pe_monailabel.lib.history import History, Version
+from pe_monailabel.lib.images import ImageFacts, Images
+from pe_monailabel.lib.index import Index
+from pe_monailabel.lib.labels import (
+    ANNOTATION_LINE,
+    COUNTS,
+    DRAFT,
+    FINAL,
+    OWN,
+    SEEN,
+    STUDY_LABEL_LINE,
+    Conflict,
+    Labels,
+    line_of,
+)
 
 logger = logging.getLogger(__name__)
 

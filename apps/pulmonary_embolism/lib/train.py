@@ -1,9 +1,9 @@
 """The trainings that clients ask for: one at a time in a process of its own, the others wait, and all are written down.
 
     STUDIES/.pe/runs/tasks.json          what was asked for, and how it ended
-    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training.run``, ``lib.stages``)
+    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training.run``, ``pe_monailabel.lib.stages``)
     STUDIES/.pe/encoder.safetensors      what stage I published, where stage II starts
-    STUDIES/.pe/models/                  what is served (``lib.models``)
+    STUDIES/.pe/models/                  what is served (``pe_monailabel.lib.models``)
 
 A training that was stopped, or whose server died, goes on with the next request, unless studies, annotations or
 settings changed.
@@ -26,9 +26,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.limits import Busy
-from lib.models import Models
-from lib.stages import (
+from monailabel.interfaces.tasks.train import TrainTask
+
+from pe_app.common.errors import InputError
+from pe_app.common.files import write_durably
+from pe_app.studies import write_studies
+from pe_monailabel.lib.limits import Busy
+from pe_monailabel.lib.models import Models
+from pe_monailabel.lib.stages import (
     STOPPED,
     Request,
     Settings,
@@ -37,12 +42,7 @@ from lib.stages import (
     stage_settings,
     tell_end,
 )
-from lib.store import StudyStore
-from monailabel.interfaces.tasks.train import TrainTask
-
-from pe_app.common.errors import InputError
-from pe_app.common.files import write_durably
-from pe_app.studies import write_studies
+from pe_monailabel.lib.store import StudyStore
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ class Trainings:
                 return
             self._keep(task)
             with (folder / "log.txt").open("ab") as log:
-                command = [sys.executable, "-m", "lib.stages", str(folder)]
+                command = [sys.executable, "-P", "-m", "pe_monailabel.lib.stages", str(folder)]
                 self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
         code = process.wait()
         with self._lock:
