@@ -8,7 +8,7 @@ from small_studies import CLASSIFIER, ENCODER, SLABS
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detector import Detector
-from pe_monailabel.lib.store import StudyStore
+from pe_monailabel.store.studies import StudyStore
 
 SETTINGS = {"matrix": 64, "crop": 64, "slab_count": 6, "width": 8, "filters": 4, "batch": 8, "synthetic": True}
 

@@ -1,6 +1,6 @@
 """The pulmonary embolism app, as MONAI Label asks for it: its store, its tasks, its strategies."""
 
-import pe_monailabel.lib.compat  # noqa: F401 - before monailabel
+import pe_monailabel.compat  # noqa: F401 - before monailabel
 
 # isort: split
 import logging
@@ -21,13 +21,13 @@ import pe_app
 from pe_app.annotation.review import STRATEGIES
 from pe_app.common.errors import InputError
 from pe_app.model.detection import NOTICE
-from pe_monailabel.lib.active import Leases, NextStudy, Worklist
-from pe_monailabel.lib.archive import open_store
-from pe_monailabel.lib.infer import BatchDetection, CandidatesTask, Detections, DetectionTask, Jobs
-from pe_monailabel.lib.labels import FINAL
-from pe_monailabel.lib.models import Models
-from pe_monailabel.lib.store import StudyStore
-from pe_monailabel.lib.train import DESCRIPTIONS, StageTask, Trainings
+from pe_monailabel.store.archive import open_store
+from pe_monailabel.store.labels import FINAL
+from pe_monailabel.store.models import Models
+from pe_monailabel.store.studies import StudyStore
+from pe_monailabel.tasks.detection import BatchDetection, CandidatesTask, Detections, DetectionTask, Jobs
+from pe_monailabel.tasks.training_queue import DESCRIPTIONS, StageTask, Trainings
+from pe_monailabel.tasks.worklist import Leases, NextStudy, Worklist
 
 logger = logging.getLogger(__name__)
 

@@ -53,18 +53,18 @@ def serve(
     description: Description = "",
 ) -> None:  # fmt: skip
     """The MONAI Label server for Slicer: detections, sparse annotations, active learning, training."""
-    from pe_monailabel.lib.door import Door
-    from pe_monailabel.lib.guard import is_loopback
+    from pe_monailabel.server.listen import Door
+    from pe_monailabel.server.middleware import is_loopback
 
     if tokens is None and not is_loopback(host) and DEFAULT_FILE.is_file():
         tokens = DEFAULT_FILE
     door = Door(tokens, certificate, key, plain_http, tuple(allow_host or ()), max_upload_mb << 20)
     door.check(host)  # before torch is loaded
-    from pe_monailabel.lib import compat  # noqa: F401 - before monailabel
+    from pe_monailabel import compat  # noqa: F401 - before monailabel
 
     # isort: split
-    from pe_monailabel.lib.archive import ArchiveSettings
-    from pe_monailabel.lib.server import serve as serve_studies
+    from pe_monailabel.server.serving import serve as serve_studies
+    from pe_monailabel.store.archive import ArchiveSettings
 
     if "://" not in studies:
         serve_studies(Path(studies), host, port, model, door, 60 * detection_minutes)

@@ -11,8 +11,8 @@ import typer
 from pe_app.common.errors import InputError
 
 if TYPE_CHECKING:
-    from pe_monailabel.lib.models import Models
-    from pe_monailabel.lib.store import StudyStore
+    from pe_monailabel.store.models import Models
+    from pe_monailabel.store.studies import StudyStore
 
 CLIENT = "pe-app"
 """How a save of the command line is recorded."""
@@ -132,14 +132,14 @@ def _folder(studies: Path) -> Path:
 def open_store(studies: Path) -> StudyStore:
     """The store of a folder, also while a server serves it."""
     folder = _folder(studies)
-    from pe_monailabel.lib import compat  # noqa: F401 - before monailabel
-    from pe_monailabel.lib.store import StudyStore
+    from pe_monailabel import compat  # noqa: F401 - before monailabel
+    from pe_monailabel.store.studies import StudyStore
 
     return StudyStore(folder)
 
 
 def _models(studies: Path) -> Models:
     folder = _folder(studies)
-    from pe_monailabel.lib.models import Models
+    from pe_monailabel.store.models import Models
 
     return Models(folder / ".pe" / "models")

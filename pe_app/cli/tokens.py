@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pe_monailabel.lib.access import TokenFile
+    from pe_monailabel.server.access import TokenFile
 
 DEFAULT_FILE = Path(typer.get_app_dir("pe-app")) / "tokens.json"
 
@@ -41,6 +41,6 @@ def revoke(name: Name, file: File = DEFAULT_FILE) -> None:
 
 
 def _tokens(file: Path) -> TokenFile:
-    from pe_monailabel.lib.access import TokenFile
+    from pe_monailabel.server.access import TokenFile
 
     return TokenFile(file)

@@ -287,7 +287,7 @@ def test_an_image_that_cannot_be_read_is_listed_with_the_reason_and_not_offered(
 @pytest.fixture
 def models(server):
     """The models of the server's folder, as a training in another process sees them; what was served comes back."""
-    from pe_monailabel.lib.models import Models
+    from pe_monailabel.store.models import Models
 
     folder = Models(server.studies / ".pe" / "models", server.studies.parent / "model.safetensors")
     before = folder.path()
@@ -499,7 +499,7 @@ def test_the_server_listens_on_this_machine_only(server):
 
 def test_an_address_of_the_network_is_refused_with_the_way_out():
 
-    from pe_monailabel.lib.guard import is_loopback
+    from pe_monailabel.server.middleware import is_loopback
 
     assert is_loopback("127.0.0.1")
     assert is_loopback("::1")

@@ -26,8 +26,8 @@ from pe_app.cli import app as pe_app_command
 from pe_app.common.errors import InputError
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detector import Detector
-from pe_monailabel.lib.access import Caller, Role, TokenFile
-from pe_monailabel.lib.door import Door
+from pe_monailabel.server.access import Caller, Role, TokenFile
+from pe_monailabel.server.listen import Door
 
 ROLES = {"rita": "reader", "ann": "annotator", "ada": "admin", "bob": "annotator"}
 

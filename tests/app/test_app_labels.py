@@ -173,7 +173,7 @@ def test_the_command_line_works_on_the_folder_that_a_server_serves(server, save,
 
 
 def test_models_are_listed_pinned_and_rolled_back_without_a_restart(server):
-    from pe_monailabel.lib.models import Models
+    from pe_monailabel.store.models import Models
 
     start = server.json("GET", "/pe/models")
     assert (start["models"], start["pinned"]) == ([], False)

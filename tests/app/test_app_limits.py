@@ -20,15 +20,15 @@ from app_server import APP, chest
 from fastapi import FastAPI
 from small_studies import CLASSIFIER, ENCODER, SLABS
 
-import pe_monailabel.lib.audit
-import pe_monailabel.lib.guard
+import pe_monailabel.server.audit
+import pe_monailabel.server.middleware
 from pe_app.common.errors import InputError
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detector import Detector
-from pe_monailabel.lib.access import TokenFile
-from pe_monailabel.lib.audit import Audit
-from pe_monailabel.lib.guard import Guard
-from pe_monailabel.lib.policy import RULES
+from pe_monailabel.server.access import TokenFile
+from pe_monailabel.server.audit import Audit
+from pe_monailabel.server.middleware import Guard
+from pe_monailabel.server.permissions import RULES
 
 ROLES = ("reader", "annotator", "admin")
 
@@ -37,13 +37,13 @@ ROLES = ("reader", "annotator", "admin")
 def inside(tmp_path_factory):
     """The app in this process: its parts, and ``ask`` for requests to it."""
     environment = dict(os.environ)
-    import pe_monailabel.lib.compat  # noqa: F401 - before monailabel
+    import pe_monailabel.compat  # noqa: F401 - before monailabel
 
     # isort: split
     from monailabel.config import settings
     from monailabel.interfaces.utils.app import app_instance, clear_cache
 
-    from pe_monailabel.lib import server
+    from pe_monailabel.server import serving as server
 
     folder = tmp_path_factory.mktemp("limits")
     write_volume(chest(0, emboli=1)[0], folder / "studies" / "one.nrrd")
@@ -199,23 +199,23 @@ def test_a_request_that_brings_no_file_is_small(inside, method, path, kind):
 
 
 def test_too_many_uploads_at_once_are_told_when_to_come_again(inside, monkeypatch):
-    monkeypatch.setattr(pe_monailabel.lib.guard, "UPLOADS_AT_ONCE", 0)
+    monkeypatch.setattr(pe_monailabel.server.middleware, "UPLOADS_AT_ONCE", 0)
     answer = inside.ask("PUT", "/datastore/label?image=one", files={"label": ("a.nrrd", b"")})
     assert answer.status_code == 429
     assert int(answer.headers["Retry-After"]) > 0
 
 
 def test_others_go_on_while_a_ct_that_was_added_is_written(inside, monkeypatch):
-    import pe_monailabel.lib.store
+    import pe_monailabel.store.studies
 
-    write, answers = pe_monailabel.lib.store.write_volume, []
+    write, answers = pe_monailabel.store.studies.write_volume, []
 
     def slowly(volume, path):
         (inside.studies / "being-copied.part").touch()  # the folder changed: it is listed anew
         answers.extend(inside.ask("GET", page).status_code for page in ("/info/", "/pe/worklist"))
         write(volume, path)
 
-    monkeypatch.setattr(pe_monailabel.lib.store, "write_volume", slowly)
+    monkeypatch.setattr(pe_monailabel.store.studies, "write_volume", slowly)
     content = (inside.studies / "one.nrrd").read_bytes()
     assert inside.ask("PUT", "/datastore/image?image=slow", files={"file": ("a.nrrd", content)}).ok
     assert answers == [200, 200]
@@ -272,7 +272,7 @@ def test_a_detection_that_takes_too_long_is_stopped_and_the_next_one_runs(inside
 
 
 def test_more_waiting_detections_than_there_is_room_for_are_told_when_to_come_again(inside, monkeypatch):
-    monkeypatch.setattr("pe_monailabel.lib.infer.WAITING_DETECTIONS", -1)
+    monkeypatch.setattr("pe_monailabel.tasks.detection.WAITING_DETECTIONS", -1)
     answer = inside.ask("POST", "/infer/detection?image=one")
     assert answer.status_code == 429
     assert int(answer.headers["Retry-After"]) > 0
@@ -375,7 +375,7 @@ def test_a_full_disk_stops_no_request_and_the_log_says_how_many_lines_are_missin
 
 
 def test_a_full_file_is_set_aside_and_the_oldest_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(pe_monailabel.lib.audit, "KEPT_FILES", 3)
+    monkeypatch.setattr(pe_monailabel.server.audit, "KEPT_FILES", 3)
     log(Audit(tmp_path / "audit.jsonl", file_bytes=300), 60)
     files = sorted(tmp_path.glob("audit-*.jsonl"))
     assert len(files) == 3
@@ -393,10 +393,10 @@ def test_a_line_that_a_crash_tore_does_not_spoil_the_next(tmp_path):
 
 
 def test_whoever_knocks_without_a_token_does_not_push_the_others_lines_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(pe_monailabel.lib.audit, "time", SimpleNamespace(monotonic=lambda: 5.0))
+    monkeypatch.setattr(pe_monailabel.server.audit, "time", SimpleNamespace(monotonic=lambda: 5.0))
     audit = Audit(tmp_path / "audit.jsonl")
     log(audit, 1000, refused=True)
     log(audit, 1)
     found = lines(tmp_path / "audit.jsonl")
-    assert len(found) == pe_monailabel.lib.audit.REFUSALS_A_MINUTE + 1
-    assert found[-1]["lines_missing"] == 1000 - pe_monailabel.lib.audit.REFUSALS_A_MINUTE
+    assert len(found) == pe_monailabel.server.audit.REFUSALS_A_MINUTE + 1
+    assert found[-1]["lines_missing"] == 1000 - pe_monailabel.server.audit.REFUSALS_A_MINUTE

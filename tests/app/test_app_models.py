@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pe_app.cli import app as command_line
 from pe_app.common.errors import InputError
 from pe_app.model.detector import Detector
-from pe_monailabel.lib.models import Models
+from pe_monailabel.store.models import Models
 
 
 @pytest.fixture(scope="module")

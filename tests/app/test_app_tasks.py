@@ -8,18 +8,18 @@ import time
 import pytest
 from annotated_store import SETTINGS, annotated_store
 
-import pe_monailabel.lib.compat  # before monailabel
+import pe_monailabel.compat  # before monailabel
 from pe_app.common.errors import InputError
 from pe_app.common.progress import Progress
 
 # isort: split
-import pe_monailabel.lib.train
-from pe_monailabel.lib.active import Leases
-from pe_monailabel.lib.infer import Jobs
-from pe_monailabel.lib.labels import Conflict
-from pe_monailabel.lib.limits import Busy
-from pe_monailabel.lib.models import Models
-from pe_monailabel.lib.train import StageTask, Trainings
+import pe_monailabel.tasks.training_queue
+from pe_monailabel.server.limits import Busy
+from pe_monailabel.store.labels import Conflict
+from pe_monailabel.store.models import Models
+from pe_monailabel.tasks.detection import Jobs
+from pe_monailabel.tasks.training_queue import StageTask, Trainings
+from pe_monailabel.tasks.worklist import Leases
 
 PROGRESS = Progress("train", 1, 2)
 PATIENCE = 800
@@ -121,7 +121,7 @@ def test_a_training_publishes_its_model_another_waits_and_a_third_is_sent_away(s
         queue.submit("encoder", SETTINGS, "ann", enqueue=False)
     second = queue.submit("classifier", {"epochs": 1, "batch": 4, "synthetic": True}, "bob", enqueue=True)
     assert [task.status for task in queue.tasks()][1] == "SUBMITTED"
-    for _ in range(pe_monailabel.lib.train.WAITING_TASKS - 1):
+    for _ in range(pe_monailabel.tasks.training_queue.WAITING_TASKS - 1):
         queue.submit("encoder", {"epochs": "many"}, "", enqueue=True)
     with pytest.raises(Busy, match="waiting"):
         queue.submit("encoder", SETTINGS, "ann", enqueue=True)
@@ -209,7 +209,7 @@ def test_a_training_whose_server_is_killed_stops_at_its_next_step_and_the_same_r
     assert [log.count(f"epoch {epoch} of 6:") for epoch in range(1, 7)] == [1] * 6, "no epoch is trained twice"
     queue.submit("encoder", {**asked, "epochs": 1}, "ann", enqueue=False)
     assert ended(queue).run != run, "other settings make another training"
-    assert len(list(runs.glob("encoder-*"))) <= pe_monailabel.lib.train.KEPT_RUNS
+    assert len(list(runs.glob("encoder-*"))) <= pe_monailabel.tasks.training_queue.KEPT_RUNS
 
 
 @pytest.mark.timeout(2 * PATIENCE)

@@ -20,7 +20,7 @@ from orthanc import PASSWORD, USER, running_orthanc
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
 from typer.testing import CliRunner
 
-import pe_monailabel.lib.compat  # before monailabel
+import pe_monailabel.compat  # before monailabel
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.cli import app as command_line
 from pe_app.common.errors import InputError
@@ -32,9 +32,9 @@ from pe_app.model.detector import Detector
 from pe_app.pacs.dicomweb import Access, Archive, Incomplete, Limits, Unavailable
 
 # isort: split
-import pe_monailabel.lib.archive
-from pe_monailabel.lib.archive import ArchiveSettings, ArchiveStore
-from pe_monailabel.lib.store import StudyStore
+import pe_monailabel.store.archive
+from pe_monailabel.store.archive import ArchiveSettings, ArchiveStore
+from pe_monailabel.store.studies import StudyStore
 
 
 def write_dicom(
@@ -78,7 +78,7 @@ def orthanc(running):
 @pytest.fixture
 def opened(orthanc, tmp_path, monkeypatch):
     """``opened()`` is the store as a server that starts has it, without its thread."""
-    monkeypatch.setattr(pe_monailabel.lib.archive, "DOWN_SECONDS", 0.0)
+    monkeypatch.setattr(pe_monailabel.store.archive, "DOWN_SECONDS", 0.0)
 
     def opened(**settings):
         store = ArchiveStore(tmp_path / "store", ArchiveSettings(Access(orthanc.url, USER, PASSWORD), **settings))
@@ -224,7 +224,7 @@ def test_a_study_that_never_comes_whole_does_not_hold_up_others(orthanc, opened,
     for seed in (1, 2):
         orthanc.add(write_dicom(tmp_path / "sent", seed))
     store = opened()
-    monkeypatch.setattr(pe_monailabel.lib.archive, "DOWN_SECONDS", 600.0)
+    monkeypatch.setattr(pe_monailabel.store.archive, "DOWN_SECONDS", 600.0)
     retrieve, calls = store.archive.retrieve, []
 
     def cut_off(series, *said):
@@ -262,7 +262,7 @@ def test_a_study_that_was_deleted_from_the_archive_stays_if_it_is_here(orthanc, 
 
 
 def test_the_cache_keeps_to_its_limit_but_never_gives_up_what_is_annotated(orthanc, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(pe_monailabel.lib.archive, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(pe_monailabel.store.archive, "GRACE_SECONDS", 0.0)
     for seed in range(1, 5):
         orthanc.add(write_dicom(tmp_path / "sent", seed))
     store = opened()

@@ -5,7 +5,9 @@ import sys
 
 
 def test_the_server_is_imported_without_monai_and_its_stock_tasks():
-    program = "import sys, pe_monailabel.lib.server, pe_monailabel.lib.infer, pe_monailabel.lib.train\n"
+    program = (
+        "import sys, pe_monailabel.server.serving, pe_monailabel.tasks.detection, pe_monailabel.tasks.training_queue\n"
+    )
     program += "print([name for name in ('monai', 'mlflow', 'matplotlib', 'sklearn') if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
@@ -13,7 +15,7 @@ def test_the_server_is_imported_without_monai_and_its_stock_tasks():
 
 def test_a_stand_in_leaves_no_trace_and_refuses_to_work():
     program = (
-        "import importlib.util, sys, pe_monailabel.lib.compat\n"
+        "import importlib.util, sys, pe_monailabel.compat\n"
         "from monailabel.utils.others import generic\n"
         "try:\n    generic.download_url('https://example.org', 'x')\n"
         "except NotImplementedError as error:\n    print(error)\n"

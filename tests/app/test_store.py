@@ -15,16 +15,16 @@ import pytest
 from monailabel.interfaces.exception import ImageNotFoundException
 from small_studies import small_chest
 
-import pe_monailabel.lib.compat  # before monailabel
-import pe_monailabel.lib.history
-import pe_monailabel.lib.index
-import pe_monailabel.lib.labels
+import pe_monailabel.compat  # before monailabel
+import pe_monailabel.store.history
+import pe_monailabel.store.index
+import pe_monailabel.store.labels
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.common.errors import InputError
 from pe_app.ct.volume_io import read_volume, write_volume
-from pe_monailabel.lib.checks import check_study_name, check_tag, finite_json
-from pe_monailabel.lib.labels import Conflict
-from pe_monailabel.lib.store import StudyStore
+from pe_monailabel.store.checks import check_study_name, check_tag, finite_json
+from pe_monailabel.store.labels import Conflict
+from pe_monailabel.store.studies import StudyStore
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,9 @@ def test_a_save_that_dies_anywhere_leaves_the_former_version_or_the_new_one_whol
         return write
 
     with monkeypatch.context() as patched:
-        patched.setattr(pe_monailabel.lib.history, "write_durably", dying(pe_monailabel.lib.history.write_durably))
-        patched.setattr(pe_monailabel.lib.index, "write_durably", dying(pe_monailabel.lib.index.write_durably))
-        patched.setattr(pe_monailabel.lib.labels, "show", dying(pe_monailabel.lib.labels.show))
+        patched.setattr(pe_monailabel.store.history, "write_durably", dying(pe_monailabel.store.history.write_durably))
+        patched.setattr(pe_monailabel.store.index, "write_durably", dying(pe_monailabel.store.index.write_durably))
+        patched.setattr(pe_monailabel.store.labels, "show", dying(pe_monailabel.store.labels.show))
         try:
             save(store, count=4)
             acknowledged = True
@@ -598,8 +598,8 @@ def test_a_save_that_counts_is_shown_although_the_disk_takes_no_index_and_writte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pe_monailabel.lib.index, "write_durably", full)
-        patched.setattr(pe_monailabel.lib.labels, "show", lambda *_: full(None, None))
+        patched.setattr(pe_monailabel.store.index, "write_durably", full)
+        patched.setattr(pe_monailabel.store.labels, "show", lambda *_: full(None, None))
         revision = save(store, count=4)
         shutil.copy(studies / "one.nrrd", studies / "three.nrrd")
         assert store.list_images() == ["one", "three", "two"]

@@ -184,7 +184,7 @@ def main(work: Path) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        for module in ("pe_monailabel.lib.server", "pe_app.training", "pe_app.model.detector"):
+        for module in ("pe_monailabel.server.serving", "pe_app.training", "pe_app.model.detector"):
             importlib.import_module(module)
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for line in sys.stdin:

@@ -22,14 +22,14 @@ import numpy as np
 from app_server import Server, running_server
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
 
-import pe_monailabel.lib.compat  # noqa: F401 - before monailabel
+import pe_monailabel.compat  # noqa: F401 - before monailabel
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detection import Detection, Evidence, ImageIdentity
 from pe_app.model.detector import Detector
 
 # isort: split
-from pe_monailabel.lib.images import Images
+from pe_monailabel.store.images import Images
 
 REQUESTS = 200
 

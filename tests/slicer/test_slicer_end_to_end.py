@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SERVE = """
 import sys
 from pathlib import Path
-from pe_monailabel.lib import server
+from pe_monailabel.server import serving as server
 from pe_app.model.detector import Detector
 from pe_app.model.slab_encoder import EncoderConfig
 from pe_app.ct.slabs import SlabConfig

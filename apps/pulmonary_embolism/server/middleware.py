@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pe_monailabel.lib.access import Caller, Role, TokenFile
-from pe_monailabel.lib.audit import Audit
-from pe_monailabel.lib.limits import FORM_BYTES, RETRY_SECONDS, UPLOAD_BYTES, UPLOADS_AT_ONCE, limited
-from pe_monailabel.lib.policy import Asked, Rule, asked
+from pe_monailabel.server.access import Caller, Role, TokenFile
+from pe_monailabel.server.audit import Audit
+from pe_monailabel.server.limits import FORM_BYTES, RETRY_SECONDS, UPLOAD_BYTES, UPLOADS_AT_ONCE, limited
+from pe_monailabel.server.permissions import Asked, Rule, asked
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),

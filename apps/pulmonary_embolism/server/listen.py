@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pe_app.common.errors import InputError
-from pe_monailabel.lib.access import TokenFile
-from pe_monailabel.lib.guard import is_loopback
-from pe_monailabel.lib.limits import UPLOAD_BYTES
+from pe_monailabel.server.access import TokenFile
+from pe_monailabel.server.limits import UPLOAD_BYTES
+from pe_monailabel.server.middleware import is_loopback
 
 
 @dataclass(frozen=True)

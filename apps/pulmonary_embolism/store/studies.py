@@ -35,7 +35,7 @@ from pe_app.common.progress import ProgressCallback, silent
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import read_mask, write_volume
 from pe_app.studies import Label, Study, read_studies
-from pe_monailabel.lib.checks import (
+from pe_monailabel.store.checks import (
     IMAGE_ENDINGS,
     check_inside,
     check_study_name,
@@ -44,10 +44,10 @@ from pe_monailabel.lib.checks import (
     read_annotation,
     split_ending,
 )
-from pe_monailabel.lib.history import History, Version
-from pe_monailabel.lib.images import ImageFacts, Images
-from pe_monailabel.lib.index import Index
-from pe_monailabel.lib.labels import (
+from pe_monailabel.store.history import History, Version
+from pe_monailabel.store.images import ImageFacts, Images
+from pe_monailabel.store.index import Index
+from pe_monailabel.store.labels import (
     ANNOTATION_LINE,
     COUNTS,
     DRAFT,

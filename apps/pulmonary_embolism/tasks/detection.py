@@ -29,10 +29,10 @@ from pe_app.common.progress import Cancelled, Progress, ProgressCallback
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import image_from_volume, write_volume
 from pe_app.model.detection import CANDIDATE_THRESHOLD, Detection, ModelIdentity
-from pe_monailabel.lib.images import ImageFacts
-from pe_monailabel.lib.limits import DETECTION_SECONDS, Busy, TooLong
-from pe_monailabel.lib.models import Models
-from pe_monailabel.lib.store import StudyStore
+from pe_monailabel.server.limits import DETECTION_SECONDS, Busy, TooLong
+from pe_monailabel.store.images import ImageFacts
+from pe_monailabel.store.models import Models
+from pe_monailabel.store.studies import StudyStore
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ def pe_app_serve(studies, port, model):
 
 def monailabel_start_server(studies, port, model):
     place = ["--app", APP, "--studies", studies, "--host", "127.0.0.1", "--port", str(port)]
-    ours = ["--uvicorn_app", "pe_monailabel.lib.server:app", "--conf", "model", model]
+    ours = ["--uvicorn_app", "pe_monailabel.server.serving:app", "--conf", "model", model]
     return [sys.executable, "-P", "-m", "monailabel.main", "start_server", *place, *ours]
 
 

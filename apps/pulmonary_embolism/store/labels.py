@@ -1,6 +1,6 @@
 """The labels of the studies: what is saved becomes a version of the history, what counts is laid into ``labels/``.
 
-    STUDIES/.pe/history/                         every version of every label (``pe_monailabel.lib.history``): the truth
+    STUDIES/.pe/history/                         every version of every label (``store.history``): the truth
     STUDIES/labels/<tag>/<study>.seg.nrrd .json  the labels that count, for people and stock clients
 
 The only place that knows what tags mean: an annotation is a ``draft`` until every slice of the reading schedule is
@@ -28,7 +28,7 @@ from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import read_mask
-from pe_monailabel.lib.checks import (
+from pe_monailabel.store.checks import (
     LABEL_ENDINGS,
     check_inside,
     check_tag,
@@ -37,8 +37,8 @@ from pe_monailabel.lib.checks import (
     read_grid,
     split_ending,
 )
-from pe_monailabel.lib.history import History, Version, show
-from pe_monailabel.lib.images import Images
+from pe_monailabel.store.history import History, Version, show
+from pe_monailabel.store.images import Images
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,13 @@
-"""How the app is served: on this machine only unless tokens are asked for, nothing blocks, every error is a sentence.
+r"""How the app is served: on this machine only unless tokens are asked for, nothing blocks, every error is a sentence.
 
 ``pe-app serve STUDIES`` calls ``serve``. For people who know MONAI Label:
-``monailabel start_server --app apps/pulmonary_embolism --studies STUDIES --uvicorn_app pe_monailabel.lib.server:app``.
+``monailabel start_server --app apps/pulmonary_embolism --studies STUDIES \
+    --uvicorn_app pe_monailabel.server.serving:app``
 """
 
 from __future__ import annotations
 
-import pe_monailabel.lib.compat  # noqa: F401 - before monailabel
+import pe_monailabel.compat  # noqa: F401 - before monailabel
 
 # isort: split
 import errno
@@ -39,15 +40,15 @@ import pe_app
 from pe_app.common.errors import InputError, TooLarge
 from pe_app.common.memory import keep_freed_memory
 from pe_app.common.progress import Cancelled
-from pe_monailabel.lib import routes
-from pe_monailabel.lib.access import TokenFile
-from pe_monailabel.lib.archive import ArchiveSettings, ArchiveStore
-from pe_monailabel.lib.audit import Audit
-from pe_monailabel.lib.door import Door
-from pe_monailabel.lib.guard import Guard, is_loopback
-from pe_monailabel.lib.infer import SERVER_PID
-from pe_monailabel.lib.labels import Conflict
-from pe_monailabel.lib.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
+from pe_monailabel.server import routes
+from pe_monailabel.server.access import TokenFile
+from pe_monailabel.server.audit import Audit
+from pe_monailabel.server.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
+from pe_monailabel.server.listen import Door
+from pe_monailabel.server.middleware import Guard, is_loopback
+from pe_monailabel.store.archive import ArchiveSettings, ArchiveStore
+from pe_monailabel.store.labels import Conflict
+from pe_monailabel.tasks.detection import SERVER_PID
 
 logger = logging.getLogger(__name__)
 

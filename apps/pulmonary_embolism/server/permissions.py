@@ -12,7 +12,7 @@ from starlette.datastructures import QueryParams
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
-from pe_monailabel.lib.access import Role
+from pe_monailabel.server.access import Role
 
 
 @dataclass(frozen=True)

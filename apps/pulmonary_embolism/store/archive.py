@@ -36,8 +36,8 @@ from pe_app.ct.source_series import source_path, write_source
 from pe_app.ct.volume_io import read_volume, write_volume
 from pe_app.pacs.dicomweb import Access, Archive, ArchiveSeries, Incomplete, Unavailable
 from pe_app.studies import Study
-from pe_monailabel.lib.images import ImageFacts
-from pe_monailabel.lib.store import StudyStore
+from pe_monailabel.store.images import ImageFacts
+from pe_monailabel.store.studies import StudyStore
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from monailabel.utils.async_tasks.task import AsyncTask
 from requests_toolbelt import MultipartEncoder
 
 from pe_app.common.errors import InputError
-from pe_monailabel.lib.access import Caller, Role
-from pe_monailabel.lib.checks import finite_json, split_ending
-from pe_monailabel.lib.limits import READING, RETRY_SECONDS
-from pe_monailabel.lib.policy import LONGEST
+from pe_monailabel.server.access import Caller, Role
+from pe_monailabel.server.limits import READING, RETRY_SECONDS
+from pe_monailabel.server.permissions import LONGEST
+from pe_monailabel.store.checks import finite_json, split_ending
 
 router = APIRouter()
 

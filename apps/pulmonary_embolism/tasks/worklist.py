@@ -23,10 +23,10 @@ from monailabel.interfaces.tasks.strategy import Strategy as StrategyTask
 from pe_app.annotation.review import SliceToReview, Strategy, StudyState, rank_studies, slices_to_review
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
-from pe_monailabel.lib.images import ImageFacts
-from pe_monailabel.lib.infer import Detections, Summary
-from pe_monailabel.lib.labels import Conflict
-from pe_monailabel.lib.store import StudyStore, review_of
+from pe_monailabel.store.images import ImageFacts
+from pe_monailabel.store.labels import Conflict
+from pe_monailabel.store.studies import StudyStore, review_of
+from pe_monailabel.tasks.detection import Detections, Summary
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Both trainings as a process of their own runs them: ``python -m pe_monailabel.lib.stages FOLDER``.
+"""Both trainings as a process of their own runs them: ``python -m pe_monailabel.tasks.training_process FOLDER``.
 
 The folder says all that the process needs, so that it starts without MONAI Label, whose import takes longer than the
 first steps. It works as long as its standard input is open: the server that started it closes it to stop it, and when
@@ -39,9 +39,10 @@ from pe_app.model.losses import AttentionLoss
 from pe_app.model.slab_encoder import EncoderConfig
 from pe_app.model.study_classifier import ClassifierConfig
 from pe_app.studies import Study, read_studies
+from pe_app.training.datasets import Augmentation, Preparation, encoder_key
 from pe_app.training.run import utc_now
 from pe_app.training.stages import ClassifierTraining, EncoderTraining, train_classifier, train_encoder
-from pe_monailabel.lib.models import Models
+from pe_monailabel.store.models import Models
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """The trainings that clients ask for: one at a time in a process of its own, the others wait, and all are written down.
 
     STUDIES/.pe/runs/tasks.json          what was asked for, and how it ended
-    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training.run``, ``pe_monailabel.lib.stages``)
+    STUDIES/.pe/runs/<stage>-<number>/   one training (``pe_app.training.run``, ``tasks.training_process``)
     STUDIES/.pe/encoder.safetensors      what stage I published, where stage II starts
-    STUDIES/.pe/models/                  what is served (``pe_monailabel.lib.models``)
+    STUDIES/.pe/models/                  what is served (``store.models``)
 
 A training that was stopped, or whose server died, goes on with the next request, unless studies, annotations or
 settings changed.
@@ -31,9 +31,10 @@ from monailabel.interfaces.tasks.train import TrainTask
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
 from pe_app.studies import write_studies
-from pe_monailabel.lib.limits import Busy
-from pe_monailabel.lib.models import Models
-from pe_monailabel.lib.stages import (
+from pe_monailabel.server.limits import Busy
+from pe_monailabel.store.models import Models
+from pe_monailabel.store.studies import StudyStore
+from pe_monailabel.tasks.training_process import (
     STOPPED,
     Request,
     Settings,
@@ -42,7 +43,6 @@ from pe_monailabel.lib.stages import (
     stage_settings,
     tell_end,
 )
-from pe_monailabel.lib.store import StudyStore
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ class Trainings:
                 return
             self._keep(task)
             with (folder / "log.txt").open("ab") as log:
-                command = [sys.executable, "-P", "-m", "pe_monailabel.lib.stages", str(folder)]
+                command = [sys.executable, "-P", "-m", "pe_monailabel.tasks.training_process", str(folder)]
                 self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
         code = process.wait()
         with self._lock:

@@ -1,0 +1,1 @@
+"""The studies, their labels and models: what is kept and what counts."""

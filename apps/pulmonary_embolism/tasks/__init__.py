@@ -1,0 +1,1 @@
+"""What is asked of the studies: detections, the next study, trainings."""
