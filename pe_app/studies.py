@@ -1,7 +1,8 @@
 """The study list: which studies there are, what is known of them, and who trains on what.
 
-A CSV with the columns study, path, patient, label, annotation, split; the first two are required. Paths are relative
-to the CSV's folder, so that a folder of studies can be moved as a whole.
+A CSV with the columns study, path, patient, label, annotation, split; the first two are required. Where it is known,
+further columns hold the data set a study comes from with its terms of use, and attributes of the study (central, side,
+...). Paths are relative to the CSV's folder, so that a folder of studies can be moved as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -27,6 +28,33 @@ Split = Literal["train", "validation", "test", ""]
 """What a study is used for; "" is not decided yet."""
 
 
+LONGEST_WORD = 200
+"""Characters of an attribute, a source and its terms."""
+
+
+@dataclass(frozen=True)
+class StudyAttributes:
+    """What is known of a positive or negative study beyond its label; "" where it is not. `evaluate` splits by them.
+
+    Values are words of the list's maker; these are what ``import-dataset`` writes.
+
+    Attributes:
+        central: whether an embolism lies in a central artery: ``yes`` or ``no``.
+        side: ``left``, ``right`` or ``both``.
+        chronicity: ``acute``, ``chronic`` or ``acute and chronic``.
+        rv_lv: right to left ventricular diameter: ``below 1`` or ``1 or above``.
+        quality: ``good``, or what impairs it: ``motion``, ``contrast``, ``motion and contrast``.
+        mimic: what looks like an embolism and is none: ``flow artifact``, ``other filling defect``.
+    """
+
+    central: str = ""
+    side: str = ""
+    chronicity: str = ""
+    rv_lv: str = ""
+    quality: str = ""
+    mimic: str = ""
+
+
 @dataclass(frozen=True)
 class Study:
     """One line of the study list.
@@ -38,6 +66,9 @@ class Study:
         label: what is known of the study as a whole.
         annotation: the .json of its reviewed slices; None for a label-only study.
         split: what it is used for.
+        source: the data set it comes from, ``rspect``; "" for a hospital's own.
+        terms: that data set's terms of use, ``CC BY 4.0``; a model that learns from the study carries them.
+        attributes: what else is known of it.
     """
 
     study: str
@@ -46,9 +77,15 @@ class Study:
     label: Label = ""
     annotation: Path | None = None
     split: Split = ""
+    source: str = ""
+    terms: str = ""
+    attributes: StudyAttributes = field(default_factory=StudyAttributes)
 
 
-COLUMNS = tuple(field.name for field in fields(Study))
+ATTRIBUTES = tuple(entry.name for entry in fields(StudyAttributes))
+ALWAYS = tuple(entry.name for entry in fields(Study))[:6]
+"""The columns that every list has that this program writes."""
+COLUMNS = (*ALWAYS, "source", "terms", *ATTRIBUTES)
 
 
 def read_studies(path: str | Path) -> tuple[Study, ...]:
@@ -80,14 +117,17 @@ def read_studies(path: str | Path) -> tuple[Study, ...]:
 
 
 def write_studies(studies: Sequence[Study], path: str | Path) -> None:
-    """Write a study list that ``read_studies`` reads back; all or nothing."""
+    """Write a study list that ``read_studies`` reads back; all or nothing.
+
+    Columns that hold nothing in any study are left out, but for the first six.
+    """
     path = Path(path)
+    rows = [_cells(study, path.parent) for study in studies]
+    columns = [column for column in COLUMNS if column in ALWAYS or any(row[column] for row in rows)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for study in studies:
-        cells = (_relative(cell, path.parent) if isinstance(cell, Path) else cell or "" for cell in astuple(study))
-        writer.writerow(cells)
+    writer.writerow(columns)
+    writer.writerows([row[column] for column in columns] for row in rows)
     write_durably(path, text.getvalue())
 
 
@@ -236,7 +276,33 @@ def _study(header: Sequence[str], cells: Sequence[str], folder: Path, place: str
         label=_one_of(row.get("label", "").lower(), get_args(Label), "label", place),
         annotation=folder / row["annotation"] if row.get("annotation") else None,
         split=_one_of(row.get("split", "").lower(), get_args(Split), "split", place),
+        source=_word(row.get("source", ""), "source", place),
+        terms=_word(row.get("terms", ""), "terms", place),
+        attributes=StudyAttributes(**{name: _word(row.get(name, ""), name, place) for name in ATTRIBUTES}),
     )
+
+
+def _cells(study: Study, folder: Path) -> dict[str, str]:
+    """The values of a row by column."""
+    return {
+        "study": study.study,
+        "path": _relative(study.path, folder),
+        "patient": study.patient,
+        "label": study.label,
+        "annotation": _relative(study.annotation, folder) if study.annotation else "",
+        "split": study.split,
+        "source": study.source,
+        "terms": study.terms,
+        **{name: getattr(study.attributes, name) for name in ATTRIBUTES},
+    }
+
+
+def _word(value: str, column: str, place: str) -> str:
+    if len(value) > LONGEST_WORD or not value.isprintable():
+        raise InputError(
+            f"{place}: the {column} must be at most {LONGEST_WORD} printable characters, got {value[:20]!a}"
+        )
+    return value
 
 
 Word = TypeVar("Word", bound=str)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pe_app.common.errors import InputError
 from pe_app.studies import (
     Study,
+    StudyAttributes,
     annotated,
     label_only,
     missing,
@@ -62,6 +63,25 @@ def test_excels_byte_order_mark_and_line_ends_do_not_matter(tmp_path, encoding):
     assert read_studies(path) == (Study("a", tmp_path / "é.nrrd", label="positive"),)
 
 
+def test_a_list_with_source_terms_and_attributes_is_written_and_read_back(tmp_path):
+    text = (
+        "study,path,label,source,terms,central,side,chronicity,rv_lv,quality,mimic\n"
+        "a,a.nrrd,positive,rspect,non-commercial,yes,both,acute,1 or above,motion,\n"
+        "b,b.nrrd,negative,,,,,,,,flow artifact\n"
+    )
+    studies = read_studies(listed(tmp_path, text))
+    attributes = StudyAttributes("yes", "both", "acute", "1 or above", "motion")
+    assert studies[0] == Study(
+        "a", tmp_path / "a.nrrd", "", "positive", None, "", "rspect", "non-commercial", attributes
+    )
+    assert studies[1].attributes == StudyAttributes(mimic="flow artifact")
+    write_studies(split_studies(studies), tmp_path / "again.csv")
+    again = read_studies(tmp_path / "again.csv")
+    assert [replace(study, split="") for study in again] == list(studies)
+    write_studies(studies[1:], tmp_path / "few.csv")
+    assert (tmp_path / "few.csv").read_text().splitlines()[0] == HEADER.strip() + ",mimic"
+
+
 NAMES = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
 FILES = st.lists(st.text("abcé ,;\"'", min_size=1).map(lambda name: f"x{name}x"), min_size=1, max_size=3).map("/".join)
 
@@ -106,6 +126,7 @@ def test_a_folder_of_studies_can_be_moved_as_a_whole(tmp_path):
         ("", "studies.csv: the column 'study' is missing"),
         ("study;path;label\na;b;positive\n", "studies.csv: columns are separated by semicolons: save it as a CSV"),
         ("study,label\na,positive\n", "studies.csv: the column 'path' is missing"),
+        ("study,path,side\na,b," + "x" * 201 + "\n", "line 2: the side must be at most 200 printable characters"),
         ("study,path,lable\n", "studies.csv: unknown column 'lable'; the columns are study, path, patient"),
         ("study,path,path\n", "studies.csv: a column stands twice"),
         (HEADER + "a,a.nrrd,,,\n", "studies.csv line 2: 5 values for 6 columns"),

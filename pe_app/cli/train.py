@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pe_app.cli.options import CacheLimit, StudyList, Workers, preparation, progress_bars, reading_ahead, tell_once
+
+if TYPE_CHECKING:
+    from pe_app.model.detector import ModelCard
 
 Out = Annotated[Path, typer.Option("--out", help="Where the trained model is published.")]
 RunDir = Annotated[Path | None, typer.Option(help="Metrics, curves, checkpoints. [default: OUT without suffix + .run]")]
@@ -163,7 +166,7 @@ def encoder(
     network = EncoderConfig(slabs.slices_per_slab, width, attention_score.value, architecture.value)
     directions: Literal["parallel", "serial"] = "serial" if serial else "parallel"
     with distributed.joined(), progress_bars() as progress:
-        train_encoder(
+        trained = train_encoder(
             read_studies(studies),
             out,
             settings=settings,
@@ -178,6 +181,7 @@ def encoder(
             preparation=preparation(workers, cache_limit),
             progress=progress,
         )
+    _tell_terms(trained.card)
     tell_once(f"Stage I published to {out}; train stage II with: pe-app train classifier --encoder {out} ...")
 
 
@@ -224,7 +228,7 @@ def classifier(
         seed=seed,
     )
     with distributed.joined(), progress_bars() as progress:
-        train_classifier(
+        trained = train_classifier(
             read_studies(studies),
             encoder,
             out,
@@ -235,6 +239,7 @@ def classifier(
             preparation=preparation(workers, cache_limit),
             progress=progress,
         )
+    _tell_terms(trained.card)
     tell_once(f"Model published to {out}; try it with: pe-app detect STUDY --model {out}")
 
 
@@ -266,7 +271,7 @@ def end_to_end(
         seed=seed,
     )
     with distributed.joined(), progress_bars() as progress:
-        train_end_to_end(
+        trained = train_end_to_end(
             read_studies(studies),
             model,
             out,
@@ -276,4 +281,12 @@ def end_to_end(
             cache_dir=cache,
             progress=progress,
         )
+    _tell_terms(trained.card)
     tell_once(f"Model published to {out}; hold it against {model} with: pe-app evaluate --model {model} {out} ...")
+
+
+def _tell_terms(card: ModelCard) -> None:
+    """What the data that a model learned from ask of whoever uses it."""
+    if card.terms:
+        kind = " This model is for non-commercial use only." if card.non_commercial else ""
+        tell_once(f"Terms of use of the data it learned from: {'; '.join(card.terms)}.{kind}")

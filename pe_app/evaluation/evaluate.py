@@ -547,6 +547,7 @@ def _strata(analysed: Sequence[Prediction], threshold: float) -> tuple[Stratum, 
         groups["contrast"].setdefault(contrast, []).append(prediction)
         kind = "study label and reviewed slices" if prediction.study.annotation else "study label only"
         groups["label source"].setdefault(kind, []).append(prediction)
+    groups.update(_attribute_groups(analysed))
     return tuple(
         Stratum(
             group, name, len(members), sum(member.positive for member in members), _discrimination(members, threshold)
@@ -555,6 +556,38 @@ def _strata(analysed: Sequence[Prediction], threshold: float) -> tuple[Stratum, 
         if len(parts) > 1 or group == "slice spacing"
         for name, members in parts.items()
     )
+
+
+def _attribute_groups(analysed: Sequence[Prediction]) -> dict[str, dict[str, list[Prediction]]]:
+    """The studies by the attributes of the list; none for what it does not know.
+
+    What describes an embolism splits the positive studies, each part against all negative ones.
+    """
+    groups: dict[str, dict[str, list[Prediction]]] = {}
+    negative = [prediction for prediction in analysed if not prediction.positive]
+    for heading, attribute, of_emboli in _ATTRIBUTE_GROUPS:
+        parts: dict[str, list[Prediction]] = {}
+        for prediction in analysed:
+            study = prediction.study
+            value = study.source if attribute == "source" else str(getattr(study.attributes, attribute))
+            if prediction.positive or not of_emboli:
+                parts.setdefault(value or "not known", []).append(prediction)
+        if set(parts) - {"not known"}:
+            alike = negative if of_emboli else []
+            groups[heading] = {value: [*parts[value], *alike] for value in sorted(parts)}
+    return groups
+
+
+_ATTRIBUTE_GROUPS = (
+    ("data set", "source", False),
+    ("central embolism", "central", True),
+    ("side of the embolism", "side", True),
+    ("acute or chronic", "chronicity", True),
+    ("RV/LV ratio", "rv_lv", True),
+    ("image quality (by the list)", "quality", False),
+    ("mimics", "mimic", False),
+)
+"""Heading, attribute of the study list, whether it describes an embolism."""
 
 
 def _spacing_stratum(spacing_mm: float) -> str:

@@ -142,6 +142,8 @@ def warnings_of(evaluation: Evaluation) -> tuple[str, ...]:
     warnings = [NOTICE]
     for model in evaluation.models:
         warnings += [f"{model.name}: {reason.message}" for reason in model.card.reasons()]
+        if model.card.terms:
+            warnings.append(f"{model.name}: learned from data with terms of use: {'; '.join(model.card.terms)}.")
         if model.training_studies:
             count, total = len(model.training_studies), len(model.predictions)
             warnings.append(

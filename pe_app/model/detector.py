@@ -58,6 +58,7 @@ class TrainingRecord:
         studies: studies in training and validation.
         positive: how many of them are positive.
         annotated_slices: slices that a reader marked (stage I).
+        terms: of use of the data sets it learned from, ``rspect: non-commercial``; empty for a hospital's own studies.
         not_outlined_slices: those of them with embolism that nobody outlined: they taught what to call, not where to
             look.
         synthetic: True when every embolism was painted or simulated.
@@ -86,14 +87,16 @@ class TrainingRecord:
     image_sha256: tuple[str, ...]
     patient_sha256: tuple[str, ...] = ()
     not_outlined_slices: int = 0
+    terms: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, payload: Mapping[str, object]) -> TrainingRecord:
         """The record that ``asdict`` and JSON made, now or before patients were kept."""
         images, patients = payload.get("image_sha256"), payload.get("patient_sha256", [])
-        if not isinstance(images, list) or not isinstance(patients, list):
-            raise TypeError("image_sha256 and patient_sha256 must be lists")
-        known = {**payload, "image_sha256": tuple(images), "patient_sha256": tuple(patients)}
+        terms = payload.get("terms", [])
+        if not isinstance(images, list) or not isinstance(patients, list) or not isinstance(terms, list):
+            raise TypeError("image_sha256, patient_sha256 and terms must be lists")
+        known = {**payload, "image_sha256": tuple(images), "patient_sha256": tuple(patients), "terms": tuple(terms)}
         return cls(**known)  # type: ignore[arg-type]
 
 
@@ -122,6 +125,17 @@ class ModelCard:
     def date(self) -> str:
         """When the later stage was published; empty for an untrained model."""
         return max((record.date for record in (self.encoder, self.classifier) if record), default="")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Terms of use of all data sets that it learned from; they bind whoever uses or passes on the model."""
+        records = [record for record in (self.encoder, self.classifier) if record]
+        return tuple(sorted({terms for record in records for terms in record.terms}))
+
+    @property
+    def non_commercial(self) -> bool:
+        """Whether one of these data sets forbids commercial use, and so of the model."""
+        return any("non-commercial" in terms.lower() for terms in self.terms)
 
     def reasons(self) -> tuple[Reason, ...]:
         """What a reader must know of this model before looking at its numbers."""

@@ -169,7 +169,8 @@ def train_end_to_end(
 
             fit(run, joint, optimiser, (train, validation), score, settings)
             used = {"end_to_end": True, **flat_settings(asdict(settings))}
-            run.publish(training_record(run, used, sources, files, device, synthetic=synthetic), joint, optimiser)
+            record_json = training_record(run, used, sources, files, device, synthetic=synthetic, terms=base.card.terms)
+            run.publish(record_json, joint, optimiser)
 
         record = TrainingRecord.from_json(json.loads(run.state.published))
         joint.load_state_dict(dict(run.state.best_weights))

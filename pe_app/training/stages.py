@@ -186,10 +186,12 @@ def train_encoder(
     settings = settings or EncoderTraining()
     device = device or best_device()
     start = Detector.untrained(settings.seed, slabs, network, classifier)
+    former_terms: tuple[str, ...] = ()
     if start_from is not None:
         former = Detector.load(start_from)
         start = Detector.untrained(settings.seed, former.slabs, former.encoder.config, former.classifier.config)
         start.encoder.load_state_dict(former.encoder.state_dict())
+        former_terms = former.card.terms
     encoder = start.encoder
     if imagenet is not None:
         encoder.load_imagenet(imagenet)
@@ -233,7 +235,8 @@ def train_encoder(
             files = (*train.files, *validation.files)
             used = {**flat_settings(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
             used["start_from"] = start_from.name if start_from else None
-            run.publish(training_record(run, used, sources, files, device, synthetic=synthetic), encoder, optimiser)
+            record_json = training_record(run, used, sources, files, device, synthetic=synthetic, terms=former_terms)
+            run.publish(record_json, encoder, optimiser)
 
         record = TrainingRecord.from_json(json.loads(run.state.published))
         encoder.load_state_dict(dict(run.state.best_weights))
@@ -484,8 +487,10 @@ def training_record(
     device: torch.device,
     *,
     synthetic: bool,
+    terms: Sequence[str] = (),
 ) -> str:
-    """What the model card says of this training, as JSON."""
+    """What the model card says of this training, as JSON; ``terms`` are those of a model that it started from."""
+    studies = [source.study for source in sources]
     states = [[reviewed.state for reviewed in source.reviewed or ()] for source in sources]
     positive = [
         source.study.label == "positive" or "embolism" in seen for source, seen in zip(sources, states, strict=True)
@@ -494,6 +499,7 @@ def training_record(
         studies=len(sources),
         positive=sum(positive),
         annotated_slices=sum(state != "uncertain" for seen in states for state in seen),
+        terms=tuple(sorted({*terms, *(f"{study.source}: {study.terms}" for study in studies if study.terms)})),
         not_outlined_slices=sum(reviewed.not_outlined for source in sources for reviewed in source.reviewed or ()),
         synthetic=synthetic,
         epochs=len(run.state.history),

@@ -25,13 +25,15 @@ from pe_app.evaluation.evaluate import (
     MODEL,
     UNTRAINED,
     EvaluationSettings,
+    Prediction,
+    _strata,
     choose_cohort,
     evaluate,
 )
 from pe_app.evaluation.report import metrics, predictions_csv, report, warnings_of, web_page, write_evaluation
 from pe_app.evaluation.study_localisation import Look, StudyTruth, localise, read_truth
 from pe_app.model.detector import Decision, Detector, ModelCard, TrainingRecord
-from pe_app.studies import Study, patient_sha256, write_studies
+from pe_app.studies import Study, StudyAttributes, patient_sha256, write_studies
 
 QUICK = EvaluationSettings(resamples=20)
 
@@ -282,6 +284,33 @@ def test_slices_without_an_outline_do_not_judge_where_a_system_looks(tmp_path):
     assert truth.reviewed == (1, 2)
     assert np.flatnonzero(truth.mask.voxels.any((1, 2))).tolist() == [2]
     assert read_truth(annotated((1, "none"), (3, "embolism, not outlined")), volume, None) is None
+
+
+def test_attributes_of_the_list_split_the_studies_and_emboli_are_set_against_all_negatives(tmp_path):
+    def analysed(name: str, label: str, **known: str) -> Prediction:
+        source = known.pop("source", "")
+        study = Study(name, tmp_path, label=label, source=source, attributes=StudyAttributes(**known))
+        return Prediction(study, "analysed", "", name, 0.5, 1.0)
+
+    seen = [
+        analysed("a", "positive", central="yes", quality="motion", source="rspect"),
+        analysed("b", "positive", central="no", quality="good"),
+        analysed("c", "positive"),
+        analysed("d", "negative", quality="good", mimic="flow artifact"),
+        analysed("e", "negative"),
+    ]
+    parts = {(part.group, part.name): (part.studies, part.positive) for part in _strata(seen, 0.5)}
+    assert {
+        place: count for place, count in parts.items() if place[0] in ("central embolism", "side of the embolism")
+    } == {
+        ("central embolism", "no"): (3, 1),
+        ("central embolism", "not known"): (3, 1),
+        ("central embolism", "yes"): (3, 1),
+    }
+    assert parts["image quality (by the list)", "good"] == (2, 1)
+    assert parts["image quality (by the list)", "motion"] == (1, 1)
+    assert parts["mimics", "flow artifact"] == (1, 0)
+    assert parts["data set", "rspect"] == (1, 1)
 
 
 def test_a_mask_of_ones_is_numbered_by_its_regions_and_a_numbered_one_is_kept():

@@ -258,6 +258,26 @@ def test_stage_one_learns_from_slices_without_outlines_and_the_model_records_it(
     assert Detector.load(tmp_path / "encoder.safetensors").card.encoder == record
 
 
+def test_the_terms_of_use_of_public_data_stay_with_every_model_that_learned_from_it(studies, tmp_path):
+    terms = "RSNA, non-commercial use only"
+    listed = tuple(replace(s, source="rspect", terms=terms) if s.study == "study1" else s for s in studies)
+    first = encoder(listed, tmp_path / "encoder.safetensors", replace(QUICK, epochs=1))
+    assert Detector.load(tmp_path / "encoder.safetensors").card.terms == ("rspect: RSNA, non-commercial use only",)
+    assert first.card.non_commercial
+    later = train_encoder(
+        studies,
+        tmp_path / "later.safetensors",
+        settings=replace(QUICK, epochs=1),
+        start_from=tmp_path / "encoder.safetensors",
+    )
+    assert later.card.terms == first.card.terms
+    both = train_classifier(
+        studies, tmp_path / "later.safetensors", tmp_path / "both.safetensors", settings=QUICK_CLASSIFIER
+    )
+    assert both.card.terms == first.card.terms
+    assert not encoder(studies, tmp_path / "own.safetensors", replace(QUICK, epochs=1)).card.non_commercial
+
+
 def test_without_attention_weight_the_attention_is_logged_but_not_learned(studies, tmp_path):
     columns = []
     for weight in (0.0, 1.0):
