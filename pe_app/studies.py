@@ -2,17 +2,16 @@
 
 A CSV with the columns study, path, patient, label, annotation, split; the first two are required. Where it is known,
 further columns hold the data set a study comes from with its terms of use, and attributes of the study (central, side,
-...). Paths are relative to the CSV's folder, so that a folder of studies can be moved as a whole.
+...); ``pe-app import`` adds accession, study_uid and date, by which reports find their study, and fitness and reasons.
+Paths are relative to the CSV's folder, so that a folder of studies can be moved as a whole.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Literal, TypeVar, get_args
 
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
+from pe_app.common.tables import Table, TableRow, read_table, require_columns, table_text
 
 Label = Literal["positive", "negative", "uncertain", ""]
 """Of a whole study, mined from its report or read by a person; "" is unknown."""
@@ -27,6 +27,8 @@ Label = Literal["positive", "negative", "uncertain", ""]
 Split = Literal["train", "validation", "test", ""]
 """What a study is used for; "" is not decided yet."""
 
+Fitness = Literal["fit", "warned", "refused", ""]
+"""What the quality gate found when the study was imported; "" where nobody asked it."""
 
 LONGEST_WORD = 200
 """Characters of an attribute, a source and its terms."""
@@ -69,6 +71,11 @@ class Study:
         source: the data set it comes from, ``rspect``; "" for a hospital's own.
         terms: that data set's terms of use, ``CC BY 4.0``; a model that learns from the study carries them.
         attributes: what else is known of it.
+        accession: its accession number; a pseudonym after de-identification, as are the next two.
+        study_uid: its StudyInstanceUID.
+        date: its day, as 2026-01-31.
+        fitness: what the quality gate found at the import.
+        reasons: the gate's codes, separated by blanks.
     """
 
     study: str
@@ -80,12 +87,19 @@ class Study:
     source: str = ""
     terms: str = ""
     attributes: StudyAttributes = field(default_factory=StudyAttributes)
+    accession: str = ""
+    study_uid: str = ""
+    date: str = ""
+    fitness: Fitness = ""
+    reasons: str = ""
 
 
 ATTRIBUTES = tuple(entry.name for entry in fields(StudyAttributes))
 ALWAYS = tuple(entry.name for entry in fields(Study))[:6]
 """The columns that every list has that this program writes."""
-COLUMNS = (*ALWAYS, "source", "terms", *ATTRIBUTES)
+IMPORTED = ("accession", "study_uid", "date", "fitness", "reasons")
+"""The columns that an import fills."""
+COLUMNS = (*ALWAYS, "source", "terms", *ATTRIBUTES, *IMPORTED)
 
 
 def read_studies(path: str | Path) -> tuple[Study, ...]:
@@ -96,21 +110,10 @@ def read_studies(path: str | Path) -> tuple[Study, ...]:
             or a patient's studies stand in different splits.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = list(_numbered_rows(text))
-    except OSError as error:
-        raise InputError(f"study list {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f'{path.name}: is not UTF-8 text: in Excel save it as "CSV UTF-8"') from error
-    except csv.Error as error:
-        raise InputError(f"{path.name}: is not a CSV file: {error}") from error
-
-    header = [name.strip().lower() for name in rows[0][1]] if rows else []
-    _check_header(header, path.name)
-    numbers = [number for number, _ in rows[1:]]
-    studies = tuple(_study(header, cells, path.parent, f"{path.name} line {number}") for number, cells in rows[1:])
-    places = [f"{path.name} line {number}" for number in numbers]
+    table = read_table(path)
+    _check_header(table)
+    studies = tuple(_study(row, path.parent) for row in table.rows)
+    places = [row.place for row in table.rows]
     _check_unique(studies, places)
     _check_patients(studies, places)
     return studies
@@ -124,11 +127,7 @@ def write_studies(studies: Sequence[Study], path: str | Path) -> None:
     path = Path(path)
     rows = [_cells(study, path.parent) for study in studies]
     columns = [column for column in COLUMNS if column in ALWAYS or any(row[column] for row in rows)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([row[column] for column in columns] for row in rows)
-    write_durably(path, text.getvalue())
+    write_durably(path, table_text(columns, [[row[column] for column in columns] for row in rows]))
 
 
 def missing(studies: Sequence[Study]) -> tuple[Path, ...]:
@@ -145,6 +144,11 @@ def annotated(studies: Sequence[Study]) -> tuple[Study, ...]:
 def label_only(studies: Sequence[Study]) -> tuple[Study, ...]:
     """The studies without reviewed slices."""
     return tuple(study for study in studies if study.annotation is None)
+
+
+def unfit(studies: Sequence[Study]) -> tuple[Study, ...]:
+    """The studies that the quality gate refused at their import: nothing should be learned or judged from them."""
+    return tuple(study for study in studies if study.fitness == "refused")
 
 
 def patient_sha256(study: Study) -> str:
@@ -238,47 +242,33 @@ def _moves_for_both_classes(
     return best
 
 
-def _numbered_rows(text: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that hold anything, each with the number of its (last) line."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    for row in reader:
-        if any(cell.strip() for cell in row):
-            yield reader.line_num, row
-
-
-def _check_header(header: Sequence[str], name: str) -> None:
-    known = ", ".join(COLUMNS)
-    if len(header) == 1 and ";" in header[0]:
-        raise InputError(f"{name}: columns are separated by semicolons: save it as a CSV separated by commas ({known})")
-    unknown = [column for column in header if column not in COLUMNS]
+def _check_header(table: Table) -> None:
+    unknown = [column for column in table.columns if column and column not in COLUMNS]
     if unknown:
-        raise InputError(f"{name}: unknown column {unknown[0]!r}; the columns are {known}")
-    if len(set(header)) < len(header):
-        raise InputError(f"{name}: a column stands twice in the first line: {', '.join(header)}")
-    absent = [column for column in COLUMNS[:2] if column not in header]
-    if absent:
-        raise InputError(f"{name}: the column {absent[0]!r} is missing; the first line must name {known}")
+        raise InputError(f"{table.name}: unknown column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")
+    require_columns(table, COLUMNS[:2], COLUMNS)
 
 
-def _study(header: Sequence[str], cells: Sequence[str], folder: Path, place: str) -> Study:
-    if len(cells) != len(header):
-        raise InputError(
-            f"{place}: {len(cells)} values for {len(header)} columns; put values with commas into double quotes"
-        )
-    row = {column: cell.strip() for column, cell in zip(header, cells, strict=True)}
+def _study(row: TableRow, folder: Path) -> Study:
+    values, place = row.values, row.place
     for column in COLUMNS[:2]:
-        if not row[column]:
+        if not values[column]:
             raise InputError(f"{place}: the {column} is empty")
     return Study(
-        study=row["study"],
-        path=folder / row["path"],
-        patient=row.get("patient", ""),
-        label=_one_of(row.get("label", "").lower(), get_args(Label), "label", place),
-        annotation=folder / row["annotation"] if row.get("annotation") else None,
-        split=_one_of(row.get("split", "").lower(), get_args(Split), "split", place),
-        source=_word(row.get("source", ""), "source", place),
-        terms=_word(row.get("terms", ""), "terms", place),
-        attributes=StudyAttributes(**{name: _word(row.get(name, ""), name, place) for name in ATTRIBUTES}),
+        study=values["study"],
+        path=folder / values["path"],
+        patient=values.get("patient", ""),
+        label=_one_of(values.get("label", "").lower(), get_args(Label), "label", place),
+        annotation=folder / values["annotation"] if values.get("annotation") else None,
+        split=_one_of(values.get("split", "").lower(), get_args(Split), "split", place),
+        source=_word(values.get("source", ""), "source", place),
+        terms=_word(values.get("terms", ""), "terms", place),
+        attributes=StudyAttributes(**{name: _word(values.get(name, ""), name, place) for name in ATTRIBUTES}),
+        accession=values.get("accession", ""),
+        study_uid=values.get("study_uid", ""),
+        date=values.get("date", ""),
+        fitness=_one_of(values.get("fitness", "").lower(), get_args(Fitness), "fitness", place),
+        reasons=values.get("reasons", ""),
     )
 
 
@@ -294,6 +284,7 @@ def _cells(study: Study, folder: Path) -> dict[str, str]:
         "source": study.source,
         "terms": study.terms,
         **{name: getattr(study.attributes, name) for name in ATTRIBUTES},
+        **{name: getattr(study, name) for name in IMPORTED},
     }
 
 
@@ -321,7 +312,8 @@ def _check_unique(studies: Sequence[Study], places: Sequence[str]) -> None:
     """One CT under two names would stand in train and validation unnoticed."""
     seen: dict[object, str] = {}
     for study, place in zip(studies, places, strict=True):
-        for value, words in ((study.study, f"the study {study.study}"), (study.path, f"the CT {study.path.name}")):
+        ct = os.path.realpath(study.path)  # one CT under two spellings of its path, or by a link, is one CT
+        for value, words in ((study.study, f"the study {study.study}"), (Path(ct), f"the CT {study.path.name}")):
             if value in seen:
                 raise InputError(f"{place}: {words} stands already in {seen[value]}: list every study once")
             seen[value] = place

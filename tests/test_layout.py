@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS: dict[str, tuple[str, ...]] = {
-    "common": ("errors", "progress", "files", "worker_pool", "distributed", "memory", "device"),
+    "common": ("errors", "progress", "files", "tables", "worker_pool", "distributed", "memory", "device"),
     "ct": (
         "source_series",
         "volume",
@@ -21,7 +21,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "studies": (),
     "pacs": ("dicomweb", "importing", "sending"),
-    "reports": ("report_labels",),
+    "reports": (
+        *("decoding", "abbreviations", "phrases", "language", "sentences", "mentions", "report_labels", "label_files"),
+    ),
     "model": (
         *("winograd", "slab_encoder", "study_classifier", "losses", "detection", "candidate_places", "detector"),
         "bundle",

@@ -17,6 +17,7 @@ from pe_app.studies import (
     missing,
     read_studies,
     split_studies,
+    unfit,
     write_studies,
 )
 
@@ -124,7 +125,6 @@ def test_a_folder_of_studies_can_be_moved_as_a_whole(tmp_path):
     ("text", "sentence"),
     [
         ("", "studies.csv: the column 'study' is missing"),
-        ("study;path;label\na;b;positive\n", "studies.csv: columns are separated by semicolons: save it as a CSV"),
         ("study,label\na,positive\n", "studies.csv: the column 'path' is missing"),
         ("study,path,side\na,b," + "x" * 201 + "\n", "line 2: the side must be at most 200 printable characters"),
         ("study,path,lable\n", "studies.csv: unknown column 'lable'; the columns are study, path, patient"),
@@ -141,7 +141,9 @@ def test_a_folder_of_studies_can_be_moved_as_a_whole(tmp_path):
             HEADER + "a,a,p,,,train\nb,b,p,,,\nc,c,p,,,test\n",
             "studies.csv line 4: patient p is in test here but in train in studies.csv line 2",
         ),
-        (HEADER + 'a,"b\n', "studies.csv: is not a CSV file"),
+        (HEADER + 'a,"b\n', "studies.csv: is not a CSV file: in the row that begins on line 2"),
+        (HEADER + "a,v/a,,,,train\nb,v/../v/a,,,,test\n", "line 3: the CT a stands already in studies.csv line 2"),
+        (HEADER.strip() + ",fitness\na,a,,,,,bad\n", "line 2: unknown fitness 'bad'; write fit, warned, refused"),
     ],
 )
 def test_bad_lists_are_refused_naming_the_line(tmp_path, text, sentence):
@@ -153,6 +155,39 @@ def test_a_list_in_another_encoding_or_none_at_all_is_refused(tmp_path):
         read_studies(listed(tmp_path, HEADER + "a,é.nrrd,,,,\n", "latin-1"))
     with pytest.raises(InputError, match=r"none\.csv: cannot be read: No such file"):
         read_studies(tmp_path / "none.csv")
+
+
+def test_a_ct_and_a_link_to_it_are_one_study(tmp_path):
+    (tmp_path / "a.nrrd").write_bytes(b"")
+    (tmp_path / "b.nrrd").symlink_to("a.nrrd")
+    assert "the CT b.nrrd stands already" in refused(tmp_path, HEADER + "a,a.nrrd,,,,train\nb,b.nrrd,,,,test\n")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_semicolons_and_tabs_separate_columns_as_well(tmp_path, separator):
+    text = (
+        separator.join(("study", "path", "label")) + "\n" + separator.join(("a", "Müller, ct.nrrd", "positive")) + "\n"
+    )
+    assert read_studies(listed(tmp_path, text)) == (Study("a", tmp_path / "Müller, ct.nrrd", label="positive"),)
+
+
+def test_what_an_import_knows_is_kept_and_columns_that_nobody_fills_are_not_written(tmp_path):
+    known = Study(
+        "a",
+        tmp_path / "a",
+        "p",
+        accession="007",
+        study_uid="1.2.3",
+        date="2026-01-31",
+        fitness="refused",
+        reasons="no_contrast tilted",
+    )
+    plain = Study("b", tmp_path / "b")
+    write_studies([known, plain], tmp_path / "studies.csv")
+    assert read_studies(tmp_path / "studies.csv") == (known, plain)
+    assert unfit([known, plain]) == (known,)
+    write_studies([plain], tmp_path / "studies.csv")
+    assert (tmp_path / "studies.csv").read_text() == HEADER + "b,b,,,,\n"
 
 
 def test_missing_files_are_listed(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 
 from pe_app.common.errors import InputError
 from pe_app.common.progress import Cancelled
-from pe_app.reports.report_labels import COLUMNS, ReportLabel, label_report, label_reports, label_studies, read_labels
+from pe_app.reports.label_files import COLUMNS, label_reports, label_studies, read_labels
+from pe_app.reports.report_labels import ReportLabel, label_report
 from pe_app.studies import Study
 
 DATA = Path(__file__).parents[1] / "data"
@@ -130,13 +131,13 @@ def test_reports_become_labels_become_a_study_list(tmp_path):
             ("d", "Possible PE."),
         ],
     )
-    counts = label_reports(source, tmp_path / "labels.csv")
+    counts = Counter(one.found.label for one in label_reports(source, tmp_path / "labels.csv"))
     assert counts == {"positive": 1, "negative": 1, "uncertain": 2}
     with (tmp_path / "labels.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [row["label"] for row in rows] == ["negative", "positive", "uncertain", "uncertain"]
-    labels = read_labels(tmp_path / "labels.csv")
+    labels = {one.key.study: one.found for one in read_labels(tmp_path / "labels.csv")}
     assert labels["b"] == label_report("Saddle embolus.")
     studies = [Study(name, Path(name)) for name in "abcde"] + [Study("b2", Path("b2"), label="negative")]
     labels["b2"] = labels["b"]
@@ -150,7 +151,7 @@ def test_missing_column_and_doubled_study_are_named(tmp_path):
     (tmp_path / "x.csv").write_text("study,text\na,No PE.\n")
     with pytest.raises(InputError, match="column 'report' is missing"):
         label_reports(tmp_path / "x.csv", tmp_path / "out.csv")
-    with pytest.raises(InputError, match=r"r\.csv line 3: the study a stands twice"):
+    with pytest.raises(InputError, match=r"r\.csv line 3: the report of a stands already in r\.csv line 2"):
         label_reports(write_reports(tmp_path / "r.csv", [("a", "PE"), ("a", "no PE")]), tmp_path / "out.csv")
     with pytest.raises(InputError, match="cannot be read"):
         label_reports(tmp_path / "absent.csv", tmp_path / "out.csv")

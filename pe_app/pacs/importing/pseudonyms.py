@@ -35,6 +35,10 @@ class Pseudonyms:
         """A DICOM UID (below 2.25, as made of a UUID) that stands for another."""
         return f"2.25.{int.from_bytes(self._digest('uid', value)[:16], 'big')}" if value else ""
 
+    def date(self, patient: str, day: str) -> str:
+        """What stands for a day of one patient; of two patients nobody learns that they came on the same day."""
+        return self.code("date", f"{patient} {day}") if patient and day else ""
+
     def source(self, source: SourceSeries) -> SourceSeries:
         """A source series without identifiers, names, dates and free text; what the quality gate needs stays."""
         facts = source.facts
@@ -56,8 +60,8 @@ class Pseudonyms:
         return hmac.digest(self._key, f"{kind}\0{value}".encode(), hashlib.sha256)
 
 
-def read_key(path: Path, studies: Path) -> bytes:
-    """The key of a file; a new one is made where there is none.
+def read_key(path: Path, studies: Path, *, make: bool = True) -> bytes:
+    """The key of a file; a new one is made where there is none, if ``make``.
 
     Raises:
         InputError: if the file lies in the folder of studies, is too short, or cannot be read or written.
@@ -65,7 +69,7 @@ def read_key(path: Path, studies: Path) -> bytes:
     if path.resolve().is_relative_to(studies.resolve()):
         raise InputError(f"{path}: the key must not lie in {studies}, it would be given away with the studies")
     try:
-        if not path.exists():
+        if make and not path.exists():
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(secrets.token_hex(32))
