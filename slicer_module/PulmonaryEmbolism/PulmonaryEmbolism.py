@@ -25,7 +25,7 @@ class PulmonaryEmbolism(ScriptedLoadableModule):
         parent.dependencies = ["Segmentations", "SegmentEditor"]
         parent.contributors = ["The pe-app contributors"]
         parent.helpText = _(
-            "Annotate pulmonary embolism on every 10 mm of a chest CT, review what a model says of the study, and "
+            "Annotate pulmonary embolism on every 10 mm of a chest CT, review a model's result, and "
             "fetch the next study from a server started with <tt>pe-app serve</tt>. The CT comes from that server and "
             "your annotations go to it; nothing is sent anywhere else. Research use only, not for diagnosis."
         )
@@ -50,6 +50,14 @@ class PulmonaryEmbolismWidget(ScriptedLoadableModuleWidget, VTKObservationMixin)
         cache = pathlib.Path(places.writableLocation(places.CacheLocation)) / "PulmonaryEmbolism"
         self.panel = Panel(slicer.util.childWidgetVariables(root), data, cache)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneClosed)
+
+    def onReload(self):
+        """Slicer's Reload: the library anew, not this file alone."""
+        import sys
+
+        for name in [name for name in sys.modules if name.split(".")[0] == "PulmonaryEmbolismLib"]:
+            del sys.modules[name]
+        ScriptedLoadableModuleWidget.onReload(self)
 
     def enter(self):
         self.panel.enter()
@@ -77,11 +85,11 @@ class PulmonaryEmbolismTest(ScriptedLoadableModuleTest):
 
     def runTest(self):
         self.setUp()
-        self.test_paint_is_confined_to_the_guarded_slice()
+        self.test_paint_and_marks_are_kept_and_read_back()
         self.setUp()
         self.test_a_reader_opens_marks_and_saves_a_study()
 
-    def test_paint_is_confined_to_the_guarded_slice(self):
+    def test_paint_and_marks_are_kept_and_read_back(self):
         import numpy as np
         from PulmonaryEmbolismLib.images import Image
         from PulmonaryEmbolismLib.scene import StudyScene
@@ -93,14 +101,15 @@ class PulmonaryEmbolismTest(ScriptedLoadableModuleTest):
         study.show([red])
         study.jump(red, 7)
         self.assertEqual(study.current_slice(red), 7)
-        study.guard(7)
         mask = np.zeros((32, 32), bool)
         mask[10:14, 8:20] = True
-        study.paint_slice(7, mask)
+        study.paint({7: mask})
+        study.keep_review_text("kept")
         self.assertEqual(list(study.masks()), [7])
         self.assertTrue(np.array_equal(study.masks()[7], mask))
+        self.assertEqual(study.review_text(), "kept")
         study.close()
-        self.delayDisplay("Paint is confined and read back")
+        self.delayDisplay("Paint and marks are kept and read back")
 
     def test_a_reader_opens_marks_and_saves_a_study(self):
         import os
@@ -120,6 +129,7 @@ class PulmonaryEmbolismTest(ScriptedLoadableModuleTest):
         before = panel.session.progress[0]
         first = panel.session.open_slices[0]
         panel.annotate.jump(first)
+        panel.views.draw()
         panel.annotate.mark("none")
         self.assertEqual(panel.session.progress[0], before + 1)
         panel.saving.save()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
+import threading
 import time
 import types
 import unittest
@@ -29,10 +31,12 @@ class Application:
         self.qapp.setApplicationName("Slicer")
         self.headless = headless.instance()
         self.messages: list[str] = []
+        self.off_main: list[str] = []
         self.window = QtWidgets.QMainWindow()
         slicer.qMRMLWidget = pythonqt.qMRMLWidget
+        self.manager = _LayoutManager(self.headless)
         slicer.app = types.SimpleNamespace(
-            layoutManager=lambda: _LayoutManager(self.headless), processEvents=QtWidgets.QApplication.processEvents
+            layoutManager=lambda: self.manager, processEvents=QtWidgets.QApplication.processEvents
         )
         util = types.ModuleType("slicer.util")
         util.VTKObservationMixin = _ObservationMixin
@@ -46,8 +50,8 @@ class Application:
         for cls in (_Module, _ModuleWidget, _ModuleTest):
             setattr(base, "ScriptedLoadable" + cls.__name__[1:], cls)
         words = types.ModuleType("slicer.i18n")
-        words.tr = lambda text: text
-        words.translate = lambda context, text: text
+        words.tr = self._translated
+        words.translate = lambda context, text: self._translated(text)
         for name, module in (("util", util), ("ScriptedLoadableModule", base), ("i18n", words)):
             setattr(slicer, name, module)
             sys.modules[f"slicer.{name}"] = module
@@ -77,6 +81,12 @@ class Application:
         self.window.takeCentralWidget().deleteLater()
         self.settle(1)
         self.headless.clear()
+
+    def _translated(self, text: str) -> str:
+        """Slicer asks Qt's translators, which belong to the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            self.off_main.append(text)
+        return text
 
     def settle(self, milliseconds: int = 30) -> None:
         """Let the event loop run."""
@@ -133,6 +143,9 @@ class _ModuleWidget:
     def setup(self) -> None:
         pass
 
+    def onReload(self) -> None:  # noqa: N802
+        self.reloaded = True
+
 
 class _ModuleTest(unittest.TestCase):
     def delayDisplay(self, text: str) -> None:  # noqa: N802
@@ -140,15 +153,57 @@ class _ModuleTest(unittest.TestCase):
 
 
 class _LayoutManager:
+    """Three slice views, of which the axial one is drawn whenever it has changed, as Slicer does."""
+
+    VIEWS = (("Red", "Axial"), ("Green", "Coronal"), ("Yellow", "Sagittal"))
+
     def __init__(self, app: headless.HeadlessSlicer) -> None:
         self.headless = app
+        self.layouts = slicer.vtkMRMLLayoutNode()
+        size = (640, 640) if os.environ.get("PE_SCREENSHOTS") else (128, 128)
+        for name, orientation in self.VIEWS:
+            app.view(name, orientation, size)
+        self.views = {name: _SliceView(app.view(name)) for name, _ in self.VIEWS}
+        red = self.views["Red"]
+        shown = app.view("Red")
+        for changed in (shown.node, shown.logic.GetSliceCompositeNode()):
+            changed.AddObserver("ModifiedEvent", lambda *_event: red.scheduleRender())
+
+    def layoutLogic(self):  # noqa: N802
+        return types.SimpleNamespace(GetLayoutNode=lambda: self.layouts)
 
     def setLayout(self, layout) -> None:  # noqa: N802
-        self.headless.layout = layout
+        if layout > 100 and not self.layouts.IsLayoutDescription(layout):
+            raise ValueError(f"there is no layout {layout}")
+        self.layout = layout
 
     def sliceViewNames(self):  # noqa: N802
-        return ["Red"]
+        return tuple(self.views)
 
     def sliceWidget(self, name: str):  # noqa: N802
         view = self.headless.view(name)
-        return types.SimpleNamespace(mrmlSliceNode=lambda: view.node, sliceLogic=lambda: view.logic)
+        return types.SimpleNamespace(
+            mrmlSliceNode=lambda: view.node, sliceLogic=lambda: view.logic, sliceView=lambda: self.views[name]
+        )
+
+
+class _SliceView:
+    def __init__(self, view) -> None:
+        self.view = view
+        self.frozen = False  # as when Slicer is too busy to draw
+        self._due = False
+
+    def renderWindow(self):  # noqa: N802
+        return self.view.window
+
+    def interactor(self):
+        return self.view.interactor
+
+    def scheduleRender(self) -> None:  # noqa: N802
+        if not self._due and not self.frozen:
+            self._due = True
+            QtCore.QTimer.singleShot(0, self.forceRender)
+
+    def forceRender(self) -> None:  # noqa: N802
+        self._due = False
+        self.view.render()

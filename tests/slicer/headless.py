@@ -14,6 +14,7 @@ import types
 from pathlib import Path
 
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_THREADER", "Platform")
+os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer: small pictures, many test processes
 
 # torch's compiler and Mesa's software renderer both carry LLVM. Loaded after Mesa, triton would bind to Mesa's LLVM
 # and crash the process; so it goes first, where it is installed.

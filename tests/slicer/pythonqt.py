@@ -6,16 +6,22 @@ PythonQt differs from PySide6 in what this module makes up for:
 * signals are connected by their C++ signature: ``button.connect("clicked()", handler)``;
 * ``qt`` is one flat module, and some methods are called ``exec_``.
 
-An unknown signal, an unknown attribute or a widget class without a stand-in raises: what passes here by accident would
-fail in Slicer. What real ctk and qMRML widgets do on screen is not imitated.
+An unknown signal or signature, an unknown attribute or a widget class without a stand-in raises: what passes here by
+accident would fail in Slicer. What real ctk and qMRML widgets do on screen is not imitated.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
 import types
+
+import headless  # noqa: F401  (before Qt and vtk: see there)
+import slicer
+import vtk
+from vtk.util import numpy_support
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 
@@ -60,16 +66,20 @@ def _give_attributes(cls: type) -> None:
 
 
 def _signal(instance, signature: str):
+    """The signal of exactly this signature. PythonQt looks it up by its C++ text and refuses any other."""
     name, _, arguments = signature.rstrip(")").partition("(")
-    signal = getattr(instance, name, None)
-    if not hasattr(signal, "emit"):
-        raise AttributeError(f"{type(instance).__name__} has no signal {signature}")
-    if arguments:
-        try:
-            return signal[arguments]
-        except (KeyError, IndexError, TypeError):
-            return signal
-    return signal
+    normalised = QtCore.QMetaObject.normalizedSignature(signature).data().decode()
+    there = instance.metaObject()
+    if there.indexOfSignal(normalised) < 0:
+        known = [there.method(i) for i in range(there.methodCount())]
+        signals = {m.methodSignature().data().decode() for m in known if m.methodType() == m.MethodType.Signal}
+        alike = sorted(other for other in signals if other.startswith(name + "("))
+        raise AttributeError(f"{type(instance).__name__} has no signal {signature}; there is {alike}")
+    signal = getattr(instance, name)
+    try:
+        return signal[arguments] if arguments else signal
+    except (KeyError, IndexError, TypeError):
+        return signal
 
 
 def _connect(instance, signature: str, receiver) -> bool:
@@ -178,16 +188,41 @@ class qMRMLWidget(Widget):  # noqa: N801
     pass
 
 
+class Effect:
+    """What a Segment Editor effect lets a script do: know its name and set parameters that it has."""
+
+    PARAMETERS = ("BrushDiameterIsRelative", "BrushAbsoluteDiameter", "BrushRelativeDiameter", "BrushSphere",
+                  "BrushPixelMode", "EraseAllSegments", "ColorSmudge")  # fmt: skip
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.parameters: dict[str, object] = {}
+
+    def setCommonParameter(self, name: str, value) -> None:  # noqa: N802
+        if name not in self.PARAMETERS:
+            raise AttributeError(f"the effect {self.name} has no parameter {name}")
+        if not isinstance(value, (int, float, str)):
+            raise TypeError(f"a parameter is a number or a text, got {value!r}")
+        self.parameters[name] = value
+
+
 class qMRMLSegmentEditorWidget(Widget):  # noqa: N801
-    """Keeps its node and what was asked of it; shows a placeholder of the editor's size."""
+    """Slicer's editor without its looks: its effects, its keys, and the real ``vtkSegmentationHistory``.
+
+    The box is as high as the editor is in Slicer with Paint chosen, so that pictures show what fits.
+    """
+
+    HEIGHT = 400
 
     def __init__(self, parent=None) -> None:
         super().__init__(parent)
-        self.node, self.effect, self.observing, self.keys, self.effects = None, None, False, False, []
+        self.history = slicer.vtkSegmentationHistory()
+        self.node, self.observing, self.shortcuts, self.effects = None, False, [], {}
+        self._active, self._tag = None, None
         column = QtWidgets.QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
-        label = QtWidgets.QLabel("Segment Editor: Paint  Draw  Erase  Threshold  Islands")
-        label.setMinimumHeight(34)
+        label = QtWidgets.QLabel("Slicer's Segment Editor\nPaint   Draw   Erase")
+        label.setMinimumHeight(self.HEIGHT)
         label.setAlignment(QtCore.Qt.AlignmentFlag.AlignCenter)
         label.setStyleSheet("background: #eef2f6; border: 1px dashed #9aa3ad; color: #5b6770;")
         column.addWidget(label)
@@ -197,22 +232,103 @@ class qMRMLSegmentEditorWidget(Widget):  # noqa: N801
         vars()[_name + "Visible"] = QtCore.Property(bool, lambda self: True, lambda self, value: None)
 
     def setMRMLSegmentEditorNode(self, node) -> None:  # noqa: N802
+        if self.node is not None:
+            self.node.RemoveObserver(self._tag)
         self.node = node
+        if node is not None:
+            self._tag = node.AddObserver("ModifiedEvent", lambda *_event: self._follow())
+        self._follow()
+
+    def _follow(self) -> None:
+        held = self.node.GetSegmentationNode() if self.node is not None else None
+        segmentation = held.GetSegmentation() if held is not None else None
+        if self.history.GetSegmentation() is not segmentation:
+            self.history.SetSegmentation(segmentation)
+
+    # --- effects
 
     def setEffectNameOrder(self, names) -> None:  # noqa: N802
-        self.effects = names
+        self.effects = {name: Effect(name) for name in names}
 
-    def setMaximumNumberOfUndoStates(self, number) -> None:  # noqa: N802
-        pass
+    def effectByName(self, name: str):  # noqa: N802
+        return self.effects.get(name)
+
+    def activeEffect(self):  # noqa: N802
+        return self._active
 
     def setActiveEffect(self, effect) -> None:  # noqa: N802
-        self.effect = effect
+        if effect is not None and not isinstance(effect, Effect):
+            raise ValueError(f"setActiveEffect takes an effect or None, got {effect!r}")
+        self._active = effect
 
-    def installKeyboardShortcuts(self) -> None:  # noqa: N802
-        self.keys = True
+    def setActiveEffectByName(self, name: str) -> None:  # noqa: N802
+        self.setActiveEffect(self.effectByName(name))
+
+    def stroke(self, mask, erase: bool = False) -> None:
+        """Paint (slice, row, column) as the active effect does: undo state first, then Slicer's own editing logic."""
+        if self._active is None:
+            return
+        logic = slicer.vtkSlicerSegmentEditorLogic()
+        logic.SetMRMLScene(self.scene)
+        logic.SetSegmentEditorNode(self.node)
+        self.saveStateForUndo()
+        volume = self.node.GetSourceVolumeNode()
+        matrix = vtk.vtkMatrix4x4()
+        volume.GetIJKToRASMatrix(matrix)
+        dab = slicer.vtkOrientedImageData()
+        dab.SetDimensions(*mask.shape[::-1])
+        dab.AllocateScalars(vtk.VTK_UNSIGNED_CHAR, 1)
+        dab.SetImageToWorldMatrix(matrix)
+        numpy_support.vtk_to_numpy(dab.GetPointData().GetScalars())[:] = mask.astype("uint8").ravel()
+        logic.UpdateReferenceGeometryImage()
+        logic.ResetModifierLabelmapToDefault()
+        mode = logic.ModificationModeRemove if erase else logic.ModificationModeAdd
+        selected = self.node.GetSelectedSegmentID()
+        logic.ModifySegmentByLabelmap(self.node.GetSegmentationNode(), selected, dab, mode, False, False)
+
+    # --- undo
+
+    def setMaximumNumberOfUndoStates(self, number) -> None:  # noqa: N802
+        self.history.SetMaximumNumberOfStates(number)
+
+    def saveStateForUndo(self) -> None:  # noqa: N802
+        self.history.SaveState()
+
+    def undo(self) -> None:
+        self.history.RestorePreviousState()
+
+    def redo(self) -> None:
+        self.history.RestoreNextState()
+
+    # --- keys
+
+    def installKeyboardShortcuts(self, parent=None) -> None:  # noqa: N802
+        self.uninstallKeyboardShortcuts()
+        window = parent or self.window()
+        pairs = [(str(n + 1), functools.partial(self._toggle, n)) for n in range(10)]
+        pairs += [("z", self.undo), ("y", self.redo), ("i", self._toggle_intensity_mask), ("q", None), ("w", None),
+                  ("Esc", lambda: self.setActiveEffect(None)), ("Space", None)]  # fmt: skip
+        for sequence, handler in pairs:
+            shortcut = QtGui.QShortcut(QtGui.QKeySequence(sequence), window)
+            shortcut.activated.connect(handler or (lambda: None))
+            self.shortcuts.append(shortcut)
 
     def uninstallKeyboardShortcuts(self) -> None:  # noqa: N802
-        self.keys = False
+        for shortcut in self.shortcuts:
+            shortcut.setEnabled(False)
+            shortcut.deleteLater()
+        self.shortcuts = []
+
+    @property
+    def keys(self) -> bool:
+        return bool(self.shortcuts)
+
+    def _toggle(self, number: int) -> None:
+        effect = dict(enumerate(self.effects.values())).get(number)
+        self.setActiveEffect(None if effect is self._active else effect)
+
+    def _toggle_intensity_mask(self) -> None:
+        self.node.SetSourceVolumeIntensityMask(not self.node.GetSourceVolumeIntensityMask())
 
     def setupViewObservations(self) -> None:  # noqa: N802
         self.observing = True

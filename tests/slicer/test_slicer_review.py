@@ -11,7 +11,7 @@ from PulmonaryEmbolismLib import review
 from PulmonaryEmbolismLib.answers import Candidate, Row, Saved, Scheduled, Study
 from PulmonaryEmbolismLib.drafts import Draft, Drafts, read_masks
 from PulmonaryEmbolismLib.images import Image, ImageError, read_image, write_segmentation
-from PulmonaryEmbolismLib.proposals import candidate_region, fill_between
+from PulmonaryEmbolismLib.proposals import candidate_region, fill_between, grow, in_range
 
 AFFINE = np.array([[0, 0, 0.8, -10], [0, 0.7, 0, -20], [2.5, 0, 0, -300.0], [0, 0, 0, 1]])
 SHAPE = (20, 12, 16)
@@ -48,6 +48,57 @@ def test_not_reviewed_is_not_negative():
         s.mark(6, "embolism")
 
 
+def test_embolism_without_an_outline_is_a_mark_of_its_own_and_paint_replaces_it():
+    s = session()
+    s.mark(6, "not_outlined")
+    entry = s.snapshot().annotation()["slices"][0]
+    assert (entry["state"], entry["not_outlined"]) == ("embolism", True)
+    assert (s.emboli, s.open_slices) == ([6], [2, 10, 14])
+    s.set_mask(6, blob())
+    assert "not_outlined" not in s.snapshot().annotation()["slices"][0]
+    again = session()
+    again.adopt(s.snapshot().annotation(), {6: blob()}, "r1")
+    assert again.state(6) == "embolism"
+
+
+def test_what_the_module_writes_is_what_the_method_reads():
+    from pe_app.annotation.record import AnnotationRecord
+
+    s = session()
+    s.set_mask(6, blob())
+    s.mark(2, "not_outlined")
+    s.write_note("motion", 2)
+    s.write_note("read twice")
+    candidate = Candidate(1, 6, -285.0, (0.0, 0.0, -285.0), (9.0, 9.0, 5.0), 0.9, 0.8)
+    s.decide(candidate, "rejected", "a" * 64)
+    data = s.snapshot().annotation()
+    data["image"]["sha256"] = "b" * 64
+    record = AnnotationRecord.from_json(data)
+    assert [(r.slice_index, r.outlined, r.note) for r in record.slices] == [(2, False, "motion"), (6, True, "")]
+    assert (record.decisions[0].decision, record.decisions[0].reader, record.note) == ("rejected", "Ada", "read twice")
+
+
+def test_an_accepted_candidate_that_is_repainted_is_corrected_and_one_left_open_is_undecided():
+    s = session()
+    a, b = (Candidate(n, 6 * n, 0.0, (0.0, 0.0, 0.0), (9.0, 9.0, 5.0), 0.9, 0.8) for n in (1, 2))
+    s.set_mask(6, blob())
+    s.decide(a, "accepted", "m1")
+    s.set_mask(6, blob(4, 4))
+    s.leave_open([a, b], "m1")
+    assert [s.decision(c, "m1") for c in (a, b)] == ["corrected", "undecided"]
+    assert s.decision(a, "m2") == ""
+
+
+def test_reading_begins_at_the_first_open_slice_and_again_at_the_first_embolism():
+    s = session()
+    s.mark(2, "none")
+    assert s.first == 6
+    for k in (6, 10):
+        s.mark(k, "none")
+    s.set_mask(14, blob())
+    assert s.first == 14
+
+
 def test_the_next_open_slice_is_above_and_then_from_the_feet():
     s = session()
     s.mark(10, "none")
@@ -57,15 +108,25 @@ def test_the_next_open_slice_is_above_and_then_from_the_feet():
     assert s.step(7, -1) == 6
 
 
-def test_undo_brings_back_the_mark_and_the_paint_before():
+def test_a_text_of_the_scene_brings_back_marks_decisions_and_notes_with_the_paint():
     s = session()
+    candidate = Candidate(1, 6, -285.0, (0.0, 0.0, -285.0), (9.0, 9.0, 5.0), 0.9, 0.8)
     s.set_mask(6, blob())
+    s.decide(candidate, "accepted", "m1")
+    s.write_note("lower lobe", 6)
+    before, masks = s.to_text(), dict(s.masks)
     s.mark(6, "uncertain")
-    assert 6 not in s.masks
-    assert s.undo() == 6
-    assert s.state(6) == "embolism"
+    s.decide(candidate, "rejected", "m1")
+    assert s.to_text() != before
+    assert s.from_text(before, masks) == [6]
+    assert (s.state(6), s.decision(candidate, "m1"), s.note_of(6)) == ("embolism", "accepted", "lower lobe")
     assert np.array_equal(s.masks[6], blob())
-    assert s.undo() is None
+
+
+def test_paint_that_was_saved_for_undo_before_it_was_marked_is_embolism():
+    s = session()
+    assert s.from_text(s.to_text(), {6: blob()}) == [6]
+    assert s.state(6) == "embolism"
 
 
 def test_a_slice_off_the_schedule_is_reviewed_without_changing_what_is_open():
@@ -76,11 +137,11 @@ def test_a_slice_off_the_schedule_is_reviewed_without_changing_what_is_open():
     assert s.progress == (0, 4)
 
 
-def test_the_annotation_is_schema_1_with_z_in_lps():
+def test_the_annotation_is_schema_2_with_z_in_lps():
     s = session()
     s.set_mask(6, blob())
     data = s.snapshot().annotation()
-    assert data["schema"] == "pe-annotation/1"
+    assert data["schema"] == "pe-annotation/2"
     assert data["image"] == {"sha256": "ab", "size": [20, 12, 16], "spacing_mm": [2.5, 0.7, 0.8]}
     assert data["slices"][0]["z_mm"] == pytest.approx(-300 + 6 * 2.5)
     assert (data["slices"][0]["state"], data["slices"][0]["reader"]) == ("embolism", "Ada")
@@ -99,13 +160,20 @@ def test_a_draft_survives_as_a_file_with_everything_in_it(tmp_path):
     restored = session()
     restored.restore(found)
     assert np.array_equal(restored.masks[6], blob())
-    assert (restored.state(10), restored.label, restored.decision(candidate, "m1")) == (
-        "uncertain",
-        "positive",
-        "rejected",
-    )
+    found = (restored.state(10), restored.label, restored.decision(candidate, "m1"))
+    assert found == ("uncertain", "positive", "rejected")
     assert restored.unsent
     assert drafts.read("http://other", "s1") is None
+
+
+def test_a_draft_of_the_first_version_is_still_read(tmp_path):
+    s = session()
+    s.set_mask(6, blob())
+    old = s.snapshot().to_json()
+    old.update(schema="pe-draft/1", decisions={"1": "accepted"}, model="m1")
+    del old["note"]
+    found = Draft.from_json(json.loads(json.dumps(old)))
+    assert (found.marks[0].state, found.decisions) == ("embolism", ())
 
 
 def test_an_older_snapshot_never_replaces_a_newer_one(tmp_path):
@@ -244,7 +312,7 @@ def test_an_accepted_candidate_begins_where_attention_is_high_and_keeps_to_the_c
     candidate = Candidate(1, 26, 0.0, tuple(centre), (48.0, 26.0, 20.0), 0.9, 0.9)
     region = candidate_region(candidate, Image(voxels, coarse), hu.shape, affine, None)
     assert (region & clot[26]).sum() > 0.8 * clot[26].sum()
-    confined = candidate_region(candidate, Image(voxels, coarse), hu.shape, affine, hu[26])
+    confined = candidate_region(candidate, Image(voxels, coarse), hu.shape, affine, in_range(hu[26], 0, 100))
     assert confined.any()
     assert (hu[26][confined] <= 100).all()
     assert (hu[26][confined] >= 0).all()
@@ -252,12 +320,15 @@ def test_an_accepted_candidate_begins_where_attention_is_high_and_keeps_to_the_c
     assert not candidate_region(elsewhere, Image(voxels, coarse), hu.shape, affine, None).any()
 
 
-def test_the_worklist_is_filtered_by_words_and_sorted_with_unknown_probabilities_last():
-    rows = [Row("b", "complete", 4, 4, probability=0.2), Row("a", "in_progress", 1, 4), Row("c", probability=0.9)]
-    by = lambda column, down: [r.study for r in review.arrange(rows, "", "", column, down)]  # noqa: E731
-    assert by("probability", True) == ["c", "b", "a"]
-    assert by("probability", False) == ["b", "c", "a"]
-    assert by("state", False) == ["a", "c", "b"]
-    assert by("study", True) == ["c", "b", "a"]
-    assert [r.study for r in review.arrange(rows, "", "complete", "study", False)] == ["b"]
-    assert [r.study for r in review.arrange(rows, "A", "", "study", False)] == ["a"]
+def test_a_region_grows_in_its_range_and_not_into_the_next_organ():
+    inside = np.zeros((80, 80), bool)
+    inside[30:36, 30:50] = True
+    inside[10, 10] = True
+    inside[33, 50:80] = True
+    grown = grow(inside, 32, 32, (0.7, 0.7))
+    assert grown[30:36, 30:50].all()
+    assert not grown[10, 10]
+    row, column = np.argwhere(grown).T
+    assert np.hypot(row - 32, column - 32).max() * 0.7 <= 15
+    assert not grow(inside, 0, 0, (0.7, 0.7)).any()
+    assert not grow(inside, -5, 90, (0.7, 0.7)).any()

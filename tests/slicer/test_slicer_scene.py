@@ -1,6 +1,8 @@
-"""The study in Slicer's scene, with Slicer's own MRML libraries: paint stays where it may, views show what is asked."""
+"""The study in Slicer's scene, with Slicer's own MRML libraries: paint and marks, views, and nothing left behind."""
 
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import slicer
 import vtk
 from PulmonaryEmbolismLib.answers import Detection
 from PulmonaryEmbolismLib.images import Image
-from PulmonaryEmbolismLib.scene import GUARD, StudyScene, _ijk_to_ras
+from PulmonaryEmbolismLib.scene import StudyScene
 from vtk.util import numpy_support
 
 
@@ -42,23 +44,6 @@ def ball(centre=(CLOT_SLICE, 57, 76), radius_mm=22):
     return ((z - centre[0]) * 5) ** 2 + ((y - centre[1]) * 2.6) ** 2 + ((x - centre[2]) * 2.6) ** 2 <= radius_mm**2
 
 
-def brush(study, app, mask):
-    """Paint through the Segment Editor's own logic, as its brush does."""
-    if not hasattr(slicer, "vtkSlicerSegmentEditorLogic"):
-        pytest.skip("this slicer-core has no Segment Editor logic")
-    logic = slicer.vtkSlicerSegmentEditorLogic()
-    logic.SetMRMLScene(app.scene)
-    logic.SetSegmentEditorNode(study.editor)
-    dab = slicer.vtkOrientedImageData()
-    dab.SetDimensions(*SHAPE[::-1])
-    dab.AllocateScalars(vtk.VTK_UNSIGNED_CHAR, 1)
-    dab.SetImageToWorldMatrix(_ijk_to_ras(chest(0)[2]))
-    numpy_support.vtk_to_numpy(dab.GetPointData().GetScalars())[:] = mask.astype(np.uint8).ravel()
-    logic.UpdateReferenceGeometryImage()
-    logic.ResetModifierLabelmapToDefault()
-    logic.ModifySegmentByLabelmap(study.segmentation, "embolism", dab, logic.ModificationModeAdd, False, False)
-
-
 def test_a_view_goes_to_a_slice_and_says_where_it_is(study, app):
     node = app.view().node
     for k in (0, 7, SHAPE[0] - 1):
@@ -75,43 +60,50 @@ def test_slicer_lays_the_ct_where_the_file_says(study):
     assert study.volume.GetImageData().GetScalarComponentAsDouble(30, 20, 10, 0) == chest(0)[0][10, 20, 30]
 
 
-def test_the_brush_paints_on_the_guarded_slice_only_and_leaves_the_guard_whole(study, app):
-    study.guard(CLOT_SLICE)
-    brush(study, app, ball())
-    masks = study.masks()
-    assert list(masks) == [CLOT_SLICE]
-    assert np.array_equal(masks[CLOT_SLICE], ball()[CLOT_SLICE])
-    assert study._masks_of(GUARD)[CLOT_SLICE].all()
-
-
-def test_off_the_list_the_brush_paints_nothing(study, app):
-    study.guard(None)
-    brush(study, app, ball())
-    assert study.masks() == {}
-
-
-def test_the_clot_range_keeps_paint_between_0_and_100_hu(study, app):
-    hu = chest(0)[0][CLOT_SLICE]
-    study.guard(CLOT_SLICE)
-    study.set_clot_range(True, 0, 100)
-    brush(study, app, ball())
-    assert np.array_equal(study.masks()[CLOT_SLICE], ball()[CLOT_SLICE] & (hu >= 0) & (hu <= 100))
-
-
-def test_a_guard_that_undo_brought_back_is_set_right(study):
-    study.guard(4)
-    study._replace(GUARD, {9: np.ones(SHAPE[1:], bool)})
-    study.guard(4)
-    assert list(study._masks_of(GUARD)) == [4]
-
-
 def test_paint_is_replaced_and_removed_slice_by_slice(study):
     mask = ball()[CLOT_SLICE]
     study.paint({CLOT_SLICE: mask, 3: mask})
-    study.paint_slice(3, None)
+    study.paint({CLOT_SLICE: mask})
     assert list(study.masks()) == [CLOT_SLICE]
-    study.paint_slice(CLOT_SLICE, None)
+    study.paint({})
     assert study.masks() == {}
+
+
+def test_slicers_history_brings_back_paint_and_what_is_kept_with_it(study):
+    history = slicer.vtkSegmentationHistory()
+    history.SetSegmentation(study.segmentation.GetSegmentation())
+    study.keep_review_text("before")
+    history.SaveState()
+    study.paint({3: ball()[CLOT_SLICE]})
+    study.keep_review_text("after")
+    history.RestorePreviousState()
+    assert (study.masks(), study.review_text()) == ({}, "before")
+    history.RestoreNextState()
+    assert (list(study.masks()), study.review_text()) == ([3], "after")
+
+
+def test_slicer_computes_no_mask_for_a_stroke(study):
+    assert study.editor.GetMaskMode() == slicer.vtkMRMLSegmentationNode.EditAllowedEverywhere
+    assert not study.editor.GetSourceVolumeIntensityMask()
+
+
+def test_the_readers_segment_table_holds_one_segment(study):
+    study.show_proposal({5: ball()[CLOT_SLICE]})
+    assert study.segmentation.GetSegmentation().GetNumberOfSegments() == 1
+
+
+def test_all_views_are_centred_on_a_place_and_the_axial_one_on_its_slice(study, app):
+    nodes = [app.view(*view).node for view in (("Red", "Axial"), ("Green", "Coronal"), ("Yellow", "Sagittal"))]
+    lps = chest(0)[2] @ (CLOT_SLICE + 0.4, 40, 30, 1)
+    study.centre(nodes, CLOT_SLICE, tuple(lps[:3]))
+    there = [[node.GetSliceToRAS().GetElement(row, 3) for row in range(3)] for node in nodes]
+    assert there == [pytest.approx((-lps[0], -lps[1], study._image.slice_z_mm[CLOT_SLICE]))] * 3
+    assert study.current_slice(nodes[0]) == CLOT_SLICE
+
+
+def test_a_place_in_a_view_is_a_voxel(study):
+    lps = chest(0)[2] @ (7, 40, 30, 1)
+    assert study.place((-lps[0], -lps[1], lps[2])) == (7, 40, 30)
 
 
 def test_a_proposal_never_reaches_the_readers_segment(study):
@@ -165,10 +157,35 @@ def test_a_higher_threshold_shows_less(study, app):
     assert coloured[0] > coloured[1] > 0
 
 
-def test_closing_a_study_leaves_nothing_of_it_in_the_scene(study, app):
-    count = app.scene.GetNumberOfNodesByClass
-    study.show_candidates(())
-    study.close()
-    for kind in ("vtkMRMLScalarVolumeNode", "vtkMRMLSegmentationNode", "vtkMRMLMarkupsNode"):
-        assert count(kind) == 0
+def test_ten_studies_one_after_the_other_leave_no_node_and_no_ct_behind(app):
+    hu, clot, affine = chest(0)
+    voxels, coarse = attention(clot, affine)
+    editor = app.scene.AddNewNodeByClass("vtkMRMLSegmentEditorNode")
+    held, nodes = [], []
+    for number in range(10):
+        image = Image(hu.copy(), affine)
+        held.append(weakref.ref(image.voxels))
+        study = StudyScene(app.scene, image, f"study {number}", editor)
+        study.show([app.view().node])
+        study.paint({CLOT_SLICE: clot[CLOT_SLICE]})
+        study.show_proposal({5: clot[CLOT_SLICE]})
+        study.show_attention(Image(voxels.copy(), coarse))
+        study.show_candidates(Detection.from_json(detection(clot, affine)).candidates)
+        app.view().render()
+        study.close()
+        app.view().render()
+        del image, study
+        nodes.append(app.scene.GetNumberOfNodes())
+    gc.collect()
+    assert len(set(nodes)) == 1
+    assert sum(voxels().nbytes for voxels in held if voxels() is not None) == 0
     assert app.view().render().max() < 30
+
+
+def test_a_scene_that_the_reader_saves_holds_nothing_of_the_review(study, app):
+    study.show_proposal({5: ball()[CLOT_SLICE]})
+    study.show_candidates(())
+    app.scene.SetSaveToXMLString(True)
+    app.scene.Commit()
+    text = app.scene.GetSceneXMLString()
+    assert "study 1" not in text

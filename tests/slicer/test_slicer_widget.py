@@ -6,6 +6,7 @@ stall in each test goes to the file that PE_STALLS names, screenshots to the fol
 
 import gc
 import io
+import json
 import os
 import threading
 import time
@@ -24,7 +25,7 @@ pytest.importorskip("PySide6", reason="PySide6 is not installed")
 
 import application
 import requests
-from PySide6 import QtCore
+from PySide6 import QtCore, QtGui, QtWidgets
 from PySide6.QtTest import QTest
 
 Key, Modifier = QtCore.Qt.Key, QtCore.Qt.KeyboardModifier
@@ -83,17 +84,44 @@ class Desk:
         self.wait(lambda: self.panel.session is not None and self.panel.session.study == study)
 
     def key(self, key, modifier=Modifier.NoModifier):
+        """Press a key, and look at what it brought."""
+        if self.panel.nodes is not None and self.panel._shortcuts:
+            self.look()
         QTest.keyClick(self.app.window, key, modifier)
         self.app.settle(5)
 
-    def paint(self, k, mask):
-        """As the Segment Editor leaves it: paint in the segment, and the news of it."""
+    def stroke(self, masks, erase=False):
+        """One stroke of the brush, as Slicer's editing logic makes it; ``masks`` by slice."""
+        volume = np.zeros(self.panel.session.shape, bool)
+        for k, mask in masks.items():
+            volume[k] = mask
+        self.ui.editor.stroke(volume, erase)
+
+    def paint(self, k, mask, erase=False):
+        """Go to a slice, paint there, and rest."""
         self.panel.annotate.jump(k)
-        masks = self.panel.nodes.masks()
-        masks[k] = mask
-        self.panel.nodes.paint(masks)
-        self.panel.annotate.painted()
+        self.stroke({k: mask}, erase)
+        self.rest()
+
+    def rest(self):
         self.wait(lambda: self.panel.annotate.painted_at is None)
+
+    def look(self):
+        """Until the axial view has drawn the slice that it is on."""
+        self.wait(self.panel.views.seen)
+
+    def same(self):
+        """Whether session and scene hold the same."""
+        session, nodes = self.panel.session, self.panel.nodes
+        known = json.loads(nodes.review_text())
+        states = {m["slice_index"]: m for m in known["marks"]}
+        assert session.differing(nodes.masks()) == []
+        assert {k for k, m in states.items() if m["state"] == "embolism" and "not_outlined" not in m} == set(
+            nodes.masks()
+        )
+        assert all(session.state(k) in (m["state"], "not_outlined") for k, m in states.items())
+        assert [d["decision"] for d in known["decisions"]] == [d.decision for d in session.snapshot().decisions]
+        return True
 
     @property
     def slice(self):
@@ -133,8 +161,10 @@ def desk(tmp_path, monkeypatch, request):
     gc.enable()
     desk.app.unload(desk.widget)
     desk.server.close()
+    said, desk.app.off_main[:] = list(desk.app.off_main), []
     STALLS[request.node.name] = 1000 * max(np.diff(beats), default=0)
     assert not on_main, "a request was made on the main thread"
+    assert not said, "a text was translated off the main thread"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,9 +254,8 @@ def test_connecting_again_under_another_name_signs_what_follows_with_it(desk):
 def test_the_worklist_is_filtered_sorted_and_says_who_reads_a_study(desk):
     desk.server.studies["study-2"]["row"].update(held_by="Bo", probability=0.8, label="positive")
     desk.connect()
-    table = desk.ui.worklistTable
-    cells = lambda column: [table.item(row, column).text() for row in range(table.rowCount)]  # noqa: E731
-    desk.panel.worklist.sort(3)
+    cells = lambda column: [texts[column] for texts in desk.panel.worklist.table.texts()]  # noqa: E731
+    desk.panel.worklist.table.sort(3)
     assert cells(0) == ["study-2", "study-1"]
     assert cells(4)[0] == "read by Bo"
     desk.ui.filterEdit.text = "positive"
@@ -240,9 +269,8 @@ def test_the_worklist_says_why_a_study_was_not_analysed_and_that_a_demo_models_n
     desk.server.studies["study-1"]["row"].update(usable=False, reason="no contrast: 43 HU")
     desk.server.studies["study-2"]["row"].update(probability=0.97, model="starter 1", reasons=["demo_model"])
     desk.connect()
-    table = desk.ui.worklistTable
-    desk.panel.worklist.sort(3)
-    cells = [[table.item(row, column).text() for column in (0, 3, 4)] for row in range(table.rowCount)]
+    desk.panel.worklist.table.sort(3)
+    cells = [[texts[column] for column in (0, 3, 4)] for texts in desk.panel.worklist.table.texts()]
     assert cells[0] == ["study-2", "0.97", "not a clinical result: model starter 1 has seen no real embolism"]
     assert cells[1] == ["study-1", "", "no contrast: 43 HU"]
 
@@ -323,9 +351,11 @@ def test_the_keys_review_slice_after_slice(desk):
     assert desk.slice == 8
     desk.key(Key.Key_N)
     assert desk.slice == 12
-    assert [desk.panel.session.state(k) for k in (4, 8, 12)] == ["none", "uncertain", ""]
+    desk.key(Key.Key_H)
+    assert [desk.panel.session.state(k) for k in (4, 8, 12)] == ["none", "uncertain", "not_outlined"]
     desk.ui.undoButton.click()
-    assert desk.panel.session.state(8) == ""
+    desk.ui.undoButton.click()
+    assert [desk.panel.session.state(k) for k in (4, 8, 12)] == ["none", "", ""]
     assert desk.slice == 8
 
 
@@ -347,19 +377,60 @@ def test_keys_are_letters_while_somebody_types_and_nothing_after_the_module_is_l
     assert desk.panel.session.progress[0] == 1
 
 
-def test_a_painted_slice_is_embolism_by_itself_and_paint_may_go_only_where_the_list_is(desk):
+def test_a_painted_slice_is_embolism_by_itself_and_paint_off_the_list_adds_the_slice_and_says_so(desk):
     desk.connect()
     desk.open("study-1")
     desk.paint(CLOT_SLICE, clot())
     assert desk.panel.session.state(CLOT_SLICE) == "embolism"
-    assert desk.panel.nodes._guarded == CLOT_SLICE
     desk.panel.annotate.jump(CLOT_SLICE + 1)
-    assert desk.panel.nodes._guarded is None
     assert "not on the list" in desk.ui.sliceLabel.text
+    desk.paint(CLOT_SLICE + 1, clot())
+    assert desk.panel.session.state(CLOT_SLICE + 1) == "embolism"
+    assert "was added, because you painted there" in desk.app.messages[-1]
+    assert desk.same()
+
+
+def test_a_key_off_the_list_marks_nothing_and_shows_the_listed_slice(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.panel.annotate.jump(CLOT_SLICE + 1)
+    desk.key(Key.Key_E)
+    assert desk.panel.session.state(CLOT_SLICE + 1) == ""
+    assert "nothing was marked" in desk.app.messages[-1]
+    assert desk.slice == CLOT_SLICE
+    assert desk.panel.session.progress[0] == 0
+    desk.panel.annotate.jump(CLOT_SLICE + 1)
     desk.ui.addButton.click()
-    assert desk.panel.nodes._guarded == CLOT_SLICE + 1
     desk.key(Key.Key_E)
     assert desk.panel.session.state(CLOT_SLICE + 1) == "none"
+
+
+def test_a_slice_that_was_not_drawn_is_not_marked(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.key(Key.Key_E)
+    desk.look()
+    desk.app.manager.views["Red"].frozen = True
+    desk.panel.annotate.jump(12)
+    QTest.keyClick(desk.app.window, Key.Key_E)
+    desk.app.manager.views["Red"].frozen = False
+    assert desk.panel.session.state(12) == ""
+    assert "was not on the screen yet" in desk.app.messages[-1]
+    desk.key(Key.Key_E)
+    assert desk.panel.session.state(12) == "none"
+
+
+def test_a_key_that_is_held_down_marks_one_slice(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.look()
+    for repeated in (False, True, True, True):
+        event = QtGui.QKeyEvent(QtCore.QEvent.Type.KeyPress, Key.Key_E, Modifier.NoModifier, "e", repeated)
+        QtWidgets.QApplication.sendEvent(desk.app.window, event)
+        desk.look()
+    shortcuts = {s.key.toString(): s.autoRepeat for s in desk.panel._shortcuts}
+    assert not any(shortcuts.values())
+    assert {"E", "H", "U", "J", "K", "L"} <= set(shortcuts)
 
 
 def test_no_embolism_on_a_painted_slice_is_asked_about_first(desk):
@@ -391,13 +462,6 @@ def test_fill_between_slices_stays_a_proposal_until_it_is_taken(desk):
     assert desk.panel.nodes.proposal() == {}
 
 
-def test_the_brush_paints_embolism_whatever_segment_was_chosen_in_the_editor(desk):
-    desk.connect()
-    desk.open("study-1")
-    desk.panel.editor_node.SetSelectedSegmentID("_guard")
-    desk.wait(lambda: desk.panel.editor_node.GetSelectedSegmentID() == "embolism")
-
-
 def test_the_segment_editors_keys_work_while_the_module_is_shown(desk):
     assert desk.ui.editor.keys
     desk.widget.exit()
@@ -414,7 +478,374 @@ def test_a_click_on_the_strip_goes_there(desk):
     assert desk.slice == 20
 
 
+# --- undo: scene and session hold the same
+
+
+def test_slicers_own_undo_takes_back_a_stroke_and_its_mark_before_the_study_is_submitted(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.paint(CLOT_SLICE, clot())
+    desk.key(Key.Key_Z)
+    desk.rest()
+    assert desk.panel.session.state(CLOT_SLICE) == ""
+    assert desk.same()
+    desk.key(Key.Key_Y)
+    desk.rest()
+    assert np.array_equal(desk.panel.session.masks[CLOT_SLICE], clot())
+    assert desk.same()
+    desk.key(Key.Key_Z)
+    desk.ui.submitButton.click()
+    desk.idle()
+    annotation = desk.server.studies["study-1"]["annotation"]
+    assert annotation is None or annotation["slices"] == []
+
+
+def test_undo_after_an_accepted_candidate_takes_back_that_alone_and_the_next_stroke_keeps_the_rest(desk):
+    desk.connect()
+    desk.open("study-1")
+    detect(desk)
+    desk.paint(8, clot())
+    desk.ui.candidatesTable.setCurrentCell(0, 0)
+    desk.ui.acceptButton.click()
+    assert sorted(desk.panel.session.masks) == [8, CLOT_SLICE]
+    desk.key(Key.Key_Z)
+    desk.rest()
+    assert sorted(desk.panel.session.masks) == [8]
+    assert [d.decision for d in desk.panel.session.snapshot().decisions] == []
+    assert desk.same()
+    desk.paint(12, clot())
+    assert sorted(desk.panel.session.masks) == [8, 12]
+    assert desk.same()
+
+
+def test_one_undo_goes_back_through_keys_strokes_and_decisions_in_their_order(desk):
+    desk.connect()
+    desk.open("study-1")
+    detect(desk)
+    desk.panel.annotate.jump(4)
+    desk.key(Key.Key_E)
+    desk.paint(CLOT_SLICE, clot())
+    desk.ui.candidatesTable.setCurrentCell(1, 0)
+    desk.ui.rejectButton.click()
+    desk.panel.annotate.jump(8)
+    desk.key(Key.Key_H)
+    session, seen = desk.panel.session, []
+    for _ in range(4):
+        desk.ui.undoButton.click()
+        assert desk.same()
+        decided = [d.decision for d in session.snapshot().decisions]
+        seen.append(([session.state(k) for k in (4, 8, CLOT_SLICE)], decided))
+    assert seen == [
+        (["none", "", "embolism"], ["rejected"]),
+        (["none", "", "embolism"], []),
+        (["none", "", ""], []),
+        (["", "", ""], []),
+    ]
+
+
+def test_paint_and_erasing_off_the_slice_are_put_back(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.paint(CLOT_SLICE - 4, clot())
+    desk.panel.annotate.jump(CLOT_SLICE)
+    desk.stroke({k: clot() for k in range(CLOT_SLICE - 2, CLOT_SLICE + 3)})
+    desk.rest()
+    assert sorted(desk.panel.nodes.masks()) == [CLOT_SLICE - 4, CLOT_SLICE]
+    assert "4 other slices was put back" in desk.app.messages[-1]
+    desk.stroke({CLOT_SLICE - 4: clot()}, erase=True)
+    desk.rest()
+    assert sorted(desk.panel.nodes.masks()) == [CLOT_SLICE - 4, CLOT_SLICE]
+    assert desk.same()
+
+
+def test_paint_goes_with_the_slice_it_was_made_on_though_the_reader_scrolled_at_once(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.panel.annotate.jump(CLOT_SLICE)
+    desk.stroke({CLOT_SLICE: clot()})
+    desk.panel.annotate.jump(CLOT_SLICE + 3)
+    assert list(desk.panel.session.masks) == [CLOT_SLICE]
+    assert desk.same()
+
+
+def test_the_clot_range_trims_a_stroke_and_slicers_own_key_for_it_switches_ours(desk):
+    desk.connect()
+    desk.open("study-1")
+    hu = chest(0)[0][CLOT_SLICE]
+    wide = np.zeros(SHAPE[1:], bool)
+    wide[40:75, 50:100] = True
+    desk.key(Key.Key_I)
+    assert desk.ui.clotButton.checked
+    assert not desk.panel.editor_node.GetSourceVolumeIntensityMask()
+    desk.paint(CLOT_SLICE, wide)
+    assert np.array_equal(desk.panel.nodes.masks()[CLOT_SLICE], wide & (hu >= 0) & (hu <= 100))
+    desk.key(Key.Key_I)
+    assert not desk.ui.clotButton.checked
+    desk.paint(CLOT_SLICE, wide)
+    assert np.array_equal(desk.panel.nodes.masks()[CLOT_SLICE], wide)
+
+
+# --- a view made for emboli
+
+
+def test_the_brush_is_in_the_hand_on_opening_with_a_size_in_millimetres(desk):
+    assert desk.ui.editor.activeEffect() is None
+    desk.connect()
+    desk.open("study-1")
+    brush = desk.ui.editor.activeEffect()
+    assert brush.name == "Paint"
+    assert (brush.parameters["BrushAbsoluteDiameter"], brush.parameters["BrushSphere"]) == (6.0, 0)
+
+
+def test_a_key_goes_from_candidate_to_candidate_in_three_linked_views(desk):
+    desk.connect()
+    desk.open("study-1")
+    detect(desk)
+    desk.key(Key.Key_C)
+    assert desk.slice == CLOT_SLICE
+    centre = desk.panel.detecting.detection.candidates[0].centre_lps_mm
+    for name in ("Green", "Yellow"):
+        to_ras = desk.app.headless.view(name).node.GetSliceToRAS()
+        assert [to_ras.GetElement(row, 3) for row in (0, 1)] == pytest.approx([-centre[0], -centre[1]])
+    desk.key(Key.Key_C)
+    assert desk.slice == 12
+    desk.key(Key.Key_C, Modifier.ShiftModifier)
+    assert desk.slice == CLOT_SLICE
+    assert desk.app.manager.layout == 5163
+
+
+def test_a_slab_is_for_looking_and_the_brush_comes_back_with_thin_slices(desk):
+    desk.connect()
+    desk.open("study-1")
+    node = desk.app.headless.view().node
+    desk.key(Key.Key_M)
+    assert (node.GetSlabReconstructionEnabled(), node.GetSlabReconstructionThickness()) == (True, 10.0)
+    assert node.GetSlabReconstructionTypeAsString(node.GetSlabReconstructionType()) == "Max"
+    assert desk.ui.editor.activeEffect() is None
+    desk.key(Key.Key_M)
+    assert node.GetSlabReconstructionTypeAsString(node.GetSlabReconstructionType()) == "Mean"
+    desk.key(Key.Key_M)
+    assert not node.GetSlabReconstructionEnabled()
+    assert desk.ui.editor.activeEffect().name == "Paint"
+
+
+def test_the_windows_have_keys(desk):
+    desk.connect()
+    desk.open("study-1")
+    display = desk.panel.nodes.volume.GetDisplayNode()
+    for key, window in ((Key.Key_L, (1500, -600)), (Key.Key_M, (400, 40)), (Key.Key_P, (700, 100))):
+        desk.key(key, Modifier.ShiftModifier)
+        assert (display.GetWindow(), display.GetLevel()) == window
+
+
+def at_the_clot(desk):
+    """RAS of a voxel in the clot of its slice."""
+    row, column = np.argwhere(clot()).mean(0).round()
+    lps = chest(0)[2] @ (CLOT_SLICE, row, column, 1)
+    return -lps[0], -lps[1], lps[2]
+
+
+def test_a_region_grows_under_the_pointer_and_undo_takes_it_back(desk):
+    import slicer
+
+    desk.connect()
+    desk.open("study-1")
+    desk.panel.annotate.jump(CLOT_SLICE)
+    desk.key(Key.Key_S)
+    assert desk.panel.session.masks == {}
+    crosshair = slicer.mrmlScene.GetSingletonNode("default", "vtkMRMLCrosshairNode")
+    crosshair.SetCursorPositionRAS(at_the_clot(desk))
+    desk.key(Key.Key_S)
+    crosshair.SetCursorPositionInvalid()
+    grown, hu = desk.panel.session.masks[CLOT_SLICE], chest(0)[0][CLOT_SLICE]
+    assert grown[clot()].mean() > 0.5
+    assert hu[grown].min() >= 0
+    assert hu[grown].max() <= 100
+    desk.ui.undoButton.click()
+    assert desk.panel.session.masks == {}
+    assert desk.same()
+
+
+def test_a_click_grows_a_region_while_its_button_is_down(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.panel.annotate.jump(CLOT_SLICE)
+    desk.ui.growButton.click()
+    assert desk.ui.editor.activeEffect() is None
+    view = desk.app.headless.view()
+    from_ras = view.node.GetXYToRAS().__class__()
+    from_ras.DeepCopy(view.node.GetXYToRAS())
+    from_ras.Invert()
+    x, y = from_ras.MultiplyPoint((*at_the_clot(desk), 1.0))[:2]
+    view.interactor.SetEventPosition(round(x), round(y))
+    view.interactor.InvokeEvent("LeftButtonPressEvent")
+    assert desk.panel.session.state(CLOT_SLICE) == "embolism"
+    desk.ui.growButton.click()
+    assert desk.ui.editor.activeEffect().name == "Paint"
+
+
+# --- what goes wrong is shown
+
+
+def test_an_exception_in_a_callback_is_shown_and_the_controls_work_again(desk, monkeypatch):
+    desk.connect()
+    desk.open("study-1")
+    assert not desk.ui.errorLabel.visible
+    monkeypatch.setattr(desk.panel.session, "step", lambda k, direction: 1 / 0)
+    desk.key(Key.Key_N)
+    assert desk.ui.errorLabel.visible
+    assert "division by zero" in desk.ui.errorLabel.text
+    monkeypatch.undo()
+    desk.key(Key.Key_N)
+    assert desk.slice == 8
+    assert desk.ui.noneButton.enabled
+    desk.ui.refreshButton.click()
+    desk.wait(lambda: not desk.ui.errorLabel.visible)
+
+
+def test_an_exception_in_what_follows_a_job_is_shown_and_other_answers_arrive(desk, monkeypatch):
+    desk.connect()
+    desk.open("study-1")
+    monkeypatch.setattr(desk.panel.detecting, "show", lambda *shown: 1 / 0)
+    desk.ui.detectButton.click()
+    desk.wait(lambda: desk.ui.errorLabel.visible)
+    desk.idle()
+    assert desk.ui.detectButton.enabled
+
+
+def test_an_error_goes_away_when_the_server_answers_again(desk):
+    desk.connect()
+    desk.server.down = True
+    desk.ui.refreshButton.click()
+    desk.wait(lambda: desk.ui.errorLabel.visible)
+    desk.server.down = False
+    desk.ui.refreshButton.click()
+    desk.wait(lambda: not desk.ui.errorLabel.visible)
+
+
+def test_a_study_that_is_left_out_opens_with_the_reason(desk):
+    desk.server.studies["study-1"]["row"].update(usable=False, reason="no contrast: 43 HU")
+    desk.connect()
+    desk.open("study-1")
+    assert "no contrast: 43 HU" in desk.ui.savedLabel.text
+
+
+def test_arrow_keys_in_the_lists_go_there(desk):
+    desk.connect()
+    desk.open("study-1")
+    detect(desk)
+    desk.ui.scheduleTable.setFocus()
+    QTest.keyClick(desk.ui.scheduleTable, Key.Key_Down)
+    assert desk.slice == 8
+    desk.ui.candidatesTable.setFocus()
+    desk.ui.candidatesTable.setCurrentCell(0, 0)
+    QTest.keyClick(desk.ui.candidatesTable, Key.Key_Down)
+    assert desk.slice == 12
+
+
+def test_reload_drops_the_library(desk):
+    import sys
+
+    kept = {name: module for name, module in sys.modules.items() if name.startswith("PulmonaryEmbolismLib")}
+    desk.widget.onReload()
+    left = [name for name in sys.modules if name.startswith("PulmonaryEmbolismLib")]
+    sys.modules.update(kept)
+    assert kept
+    assert left == []
+    assert desk.widget.reloaded
+
+
+def test_sections_wider_than_the_panel_can_be_scrolled_to(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.app.window.resize(260, 700)
+    desk.app.settle(30)
+    bar = desk.ui.scrollArea.horizontalScrollBar()
+    missing = desk.ui.sections.minimumSizeHint().width() - desk.ui.scrollArea.viewport().width
+    desk.app.window.resize(470, 900)
+    assert bar.maximum >= missing
+
+
+def test_two_thousand_studies_are_sorted_filtered_and_refreshed_by_touching_what_changed(desk):
+    from PulmonaryEmbolismLib.answers import Row
+
+    rows = [Row(f"study-{n:04d}", probability=None if n % 3 else n / 2000, model="1") for n in range(2000)]
+    desk.connect()
+    desk.idle()
+    desk.panel.due["refresh"] = time.monotonic() + 600
+    worklist, table = desk.panel.worklist, desk.panel.worklist.table
+    worklist._refreshed(rows, desk.panel.server)
+    assert len(table.texts()) == 2000
+    written = table.written
+    table.sort(3)
+    assert [texts[3] for texts in (table.texts()[0], table.texts()[-1])] == ["1.00", ""]
+    table.sort(3)
+    assert [texts[3] for texts in (table.texts()[0], table.texts()[-1])] == ["0.00", ""]
+    desk.ui.filterEdit.text = "study-19"
+    assert len(table.texts()) == 100
+    assert table.written == written
+    rows[1900] = Row("study-1900", "in_progress", 3, 31)
+    worklist._refreshed(rows, desk.panel.server)
+    assert 0 < table.written - written <= 12
+    assert ["study-1900", "3/31"] in [texts[:2] for texts in table.texts()]
+    header = desk.ui.worklistTable.horizontalHeader()
+    modes = {header.sectionResizeMode(column) for column in range(5)}
+    assert QtWidgets.QHeaderView.ResizeMode.ResizeToContents not in modes
+
+
 # --- save
+
+
+def test_a_negative_label_with_outlined_embolism_is_asked_about_and_the_other_way_round(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.paint(CLOT_SLICE, clot())
+    desk.answers = ["Go back"]
+    desk.key(Key.Key_J)
+    assert f"Embolism is marked on slice {CLOT_SLICE + 1}" in desk.questions[0]
+    assert desk.panel.session.label == ""
+    assert not desk.ui.negativeButton.checked
+    desk.open("study-2")
+    desk.key(Key.Key_K)
+    while desk.panel.session.open_slices:
+        desk.key(Key.Key_E)
+    desk.answers = ["Go back"]
+    desk.ui.submitButton.click()
+    assert "No slice of this study is marked as embolism" in desk.questions[1]
+
+
+def test_a_complete_study_begins_on_a_slice_of_the_list_when_it_is_opened_again(desk):
+    desk.connect()
+    desk.open("study-1")
+    while desk.panel.session.open_slices:
+        desk.key(Key.Key_E)
+    desk.ui.submitButton.click()
+    desk.wait(lambda: "Submitted as complete" in desk.ui.savedLabel.text)
+    desk.open("study-2")
+    desk.key(Key.Key_B, Modifier.ShiftModifier)
+    desk.wait(lambda: desk.panel.session is not None and desk.panel.session.study == "study-1")
+    assert desk.slice == 4
+
+
+def test_slices_without_an_outline_and_notes_reach_the_server(desk):
+    desk.connect()
+    desk.open("study-1")
+    desk.key(Key.Key_H)
+    desk.panel.annotate.jump(4)
+    desk.ui.sliceNoteEdit.text = "subsegmental"
+    desk.ui.sliceNoteEdit.editingFinished.emit()
+    desk.ui.studyNoteEdit.text = "motion"
+    desk.ui.studyNoteEdit.editingFinished.emit()
+    assert desk.ui.scheduleTable.item(0, 2).text() == "embolism, not outlined"
+    desk.ui.saveButton.click()
+    desk.wait(lambda: "Saved on the server" in desk.ui.savedLabel.text)
+    sent = desk.server.studies["study-1"]["annotation"]
+    assert (sent["schema"], sent["note"]) == ("pe-annotation/2", "motion")
+    assert (sent["slices"][0]["not_outlined"], sent["slices"][0]["note"]) == (True, "subsegmental")
+    desk.open("study-2")
+    desk.open("study-1")
+    assert desk.panel.session.state(4) == "not_outlined"
+    assert desk.ui.studyNoteEdit.text == "motion"
 
 
 def test_submitting_a_complete_review_reaches_the_server_as_final_with_its_mask(desk):
@@ -568,14 +999,17 @@ def test_taking_the_servers_version_keeps_ones_own_in_a_file(desk):
     assert len(desk.server.studies["study-1"]["versions"]) == 1
 
 
-def test_paint_that_has_not_rested_yet_is_not_lost_by_undo(desk):
+def test_paint_that_has_not_rested_yet_is_what_undo_takes_back_and_redo_brings_again(desk):
     desk.connect()
     desk.open("study-1")
     desk.key(Key.Key_E)
-    desk.panel.nodes.paint({CLOT_SLICE: clot()})
-    desk.panel.annotate.painted()
+    desk.panel.annotate.jump(CLOT_SLICE)
+    desk.stroke({CLOT_SLICE: clot()})
     desk.ui.undoButton.click()
-    assert desk.panel.session.state(4) == ""
+    assert desk.panel.session.masks == {}
+    assert desk.panel.session.state(4) == "none"
+    desk.key(Key.Key_Y)
+    desk.rest()
     assert np.array_equal(desk.panel.session.masks[CLOT_SLICE], clot())
 
 
@@ -584,7 +1018,7 @@ def test_paint_made_while_the_next_study_loads_reaches_the_server(desk):
     desk.open("study-1")
     desk.panel.annotate.jump(CLOT_SLICE)
     desk.panel.study.open("study-2")
-    desk.panel.nodes.paint({CLOT_SLICE: clot()})
+    desk.stroke({CLOT_SLICE: clot()})
     desk.panel.annotate.painted_at = time.monotonic() + 60  # the brush is still down
     desk.wait(lambda: desk.panel.session is not None and desk.panel.session.study == "study-2")
     desk.wait(lambda: desk.server.studies["study-1"]["annotation"] is not None)

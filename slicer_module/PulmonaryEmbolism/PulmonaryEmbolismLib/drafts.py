@@ -24,7 +24,13 @@ from PulmonaryEmbolismLib.client import Client
 from PulmonaryEmbolismLib.transport import Report
 
 EMBOLISM, NONE, UNCERTAIN = "embolism", "none", "uncertain"
-"""What a reader can say of a slice. A slice that is not listed is not reviewed, which is never "none"."""
+"""What a reader sees on a slice. A slice that is not listed is not reviewed, which is never "none"."""
+
+NOT_OUTLINED = "not_outlined"
+"""Embolism without an outline, on purpose; in the annotation's JSON a flag of "embolism"."""
+
+DECISIONS = ("accepted", "corrected", "rejected", "undecided")
+"""What a reader makes of a candidate: corrected is accepted and repainted, undecided was shown and left open."""
 
 Masks = Dict[int, np.ndarray]
 
@@ -38,6 +44,55 @@ class Mark:
     state: str
     reader: str = ""
     time: str = ""
+    not_outlined: bool = False
+    note: str = ""
+
+    @property
+    def word(self) -> str:
+        """What the reader sees: the state, or ``NOT_OUTLINED``."""
+        return NOT_OUTLINED if self.not_outlined else self.state
+
+    def to_json(self) -> dict:
+        """As in the annotation's JSON: what was not used is left out."""
+        return {key: value for key, value in asdict(self).items() if value or key in ("slice_index", "z_mm", "state")}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Mark:
+        return cls(
+            int(data["slice_index"]),
+            float(data["z_mm"]),
+            str(data["state"]),
+            str(data.get("reader") or ""),
+            str(data.get("time") or ""),
+            data.get("not_outlined") is True,
+            str(data.get("note") or ""),
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a reader decided on one candidate of one model, as in the annotation's JSON."""
+
+    decision: str
+    model_sha256: str
+    rank: int
+    centre_lps_mm: Tuple[float, float, float]
+    slice_index: int
+    reader: str = ""
+    time: str = ""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Decision:
+        x, y, z = (float(mm) for mm in data["centre_lps_mm"])
+        return cls(
+            str(data["decision"]),
+            str(data["model_sha256"]),
+            int(data["rank"]),
+            (x, y, z),
+            int(data["slice_index"]),
+            str(data.get("reader") or ""),
+            str(data.get("time") or ""),
+        )
 
 
 def now() -> str:
@@ -57,8 +112,8 @@ class Draft:
     marks: Tuple[Mark, ...]
     masks: Masks
     label: str
-    decisions: Mapping[str, str]
-    model: str
+    decisions: Tuple[Decision, ...]
+    note: str
     based_on: Optional[str]
     slices_sent: bool
     label_sent: bool
@@ -72,44 +127,52 @@ class Draft:
         return not (self.slices_sent and self.label_sent)
 
     def acknowledged(self, saved: Optional[Saved]) -> Draft:
-        """The same work, known to the server: kept for the reader's decisions on candidates."""
+        """The same work, known to the server."""
         revision = saved.revision if saved else self.based_on
         return replace(self, slices_sent=True, label_sent=True, queued=False, based_on=revision)
 
     def annotation(self) -> dict:
-        """The reviewed slices as schema pe-annotation/1."""
+        """What was reviewed as schema pe-annotation/2, all but the outlines."""
         image = {key: self.image[key] for key in ("sha256", "size", "spacing_mm") if key in self.image}
-        return {"schema": "pe-annotation/1", "image": image, "slices": [asdict(mark) for mark in self.marks]}
+        annotation = {"schema": "pe-annotation/2", "image": image, "slices": [mark.to_json() for mark in self.marks]}
+        if self.decisions:
+            annotation["decisions"] = [asdict(decision) for decision in self.decisions]
+        if self.note:
+            annotation["note"] = self.note
+        return annotation
 
     def to_json(self) -> dict:
         data = {key: getattr(self, key) for key in self.__dataclass_fields__}
         data.update(
-            schema="pe-draft/1",
+            schema="pe-draft/2",
             image=dict(self.image),
             affine=np.asarray(self.affine).tolist(),
-            marks=[asdict(mark) for mark in self.marks],
+            marks=[mark.to_json() for mark in self.marks],
             masks={str(k): _packed(mask) for k, mask in self.masks.items()},
-            decisions=dict(self.decisions),
+            decisions=[asdict(decision) for decision in self.decisions],
         )
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Draft:
-        if data.get("schema") != "pe-draft/1":
+        if data.get("schema") == "pe-draft/1":  # of version 0.1: its decisions name no place
+            data = {**data, "decisions": [], "note": ""}
+        elif data.get("schema") != "pe-draft/2":
             raise ValueError("not a draft of this module")
         values = {key: data[key] for key in cls.__dataclass_fields__}
         shape = tuple(data["shape"])
         values.update(
             shape=shape,
             affine=np.array(data["affine"]),
-            marks=tuple(Mark(**mark) for mark in data["marks"]),
+            marks=tuple(Mark.from_json(mark) for mark in data["marks"]),
             masks={int(k): _unpacked(text, shape[1:]) for k, text in data["masks"].items()},
+            decisions=tuple(Decision.from_json(decision) for decision in data["decisions"]),
         )
         return cls(**values)
 
 
 class Drafts:
-    """The folder of drafts: one file a study, replaced as a whole, never deleted by a failure."""
+    """The folder of drafts: one file per study, replaced as a whole, never deleted by a failure."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -185,23 +248,28 @@ def send(client: Client, draft: Draft, folder: Path, report: Report) -> Optional
 
 
 def read_masks(path: Path, annotation: Mapping[str, Any]) -> Masks:
-    """The masks of the slices that an annotation calls "embolism", from its .seg.nrrd."""
+    """The masks of the outlined slices of an annotation, from its .seg.nrrd."""
     image = images.read_image(path).canonical()
     value = int(image.fields.get("Segment0_LabelValue", 1))
-    indices = [int(s["slice_index"]) for s in annotation.get("slices") or () if s.get("state") == EMBOLISM]
+    indices = [int(s["slice_index"]) for s in annotation.get("slices") or () if _outlined(s)]
     return {k: image.voxels[k] == value for k in indices if 0 <= k < len(image.voxels)}
 
 
 def fetch_masks(client: Client, known: Study, folder: Path, report: Report) -> Masks:
     """The paint of the server's version of a study."""
     slices = (known.annotation or {}).get("slices") or ()
-    if not known.tag or not any(s.get("state") == EMBOLISM for s in slices):
+    if not known.tag or not any(map(_outlined, slices)):
         return {}
     path = client.download_label(known.row.study, known.tag, folder, report)
     try:
         return read_masks(path, known.annotation)
     finally:
         path.unlink()
+
+
+def _outlined(entry: Mapping[str, Any]) -> bool:
+    """Whether an outline belongs to a slice of an annotation's JSON."""
+    return entry.get("state") == EMBOLISM and entry.get("not_outlined") is not True
 
 
 def _packed(mask: np.ndarray) -> str:

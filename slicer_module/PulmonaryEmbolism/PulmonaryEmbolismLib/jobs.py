@@ -47,9 +47,15 @@ class Runner:
 
     A job belongs to a group. ``drop(group)`` calls all of them off at once: whatever they still answer, their
     callbacks are never called. That is how a late answer for a study no longer open is dropped.
+
+    Args:
+        delivered: called after a result was delivered.
+        broken: called with what a callback raised; the other answers are delivered all the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, delivered: Callable[[Job], None], broken: Callable[[Exception], None]) -> None:
+        self._delivered = delivered
+        self._broken = broken
         self._answers: queue.Queue = queue.Queue()
         self._callbacks: Dict[Job, tuple] = {}
 
@@ -102,5 +108,12 @@ class Runner:
                 return
             wait = False
             callback = self._callbacks.pop(job, (None, None))[which]
-            if callback is not None and not job.cancelled:
-                callback(value)
+            if job.cancelled:
+                continue
+            try:
+                if which == 0:
+                    self._delivered(job)
+                if callback is not None:
+                    callback(value)
+            except Exception as error:
+                self._broken(error)

@@ -12,7 +12,9 @@ import qt
 MARGIN = 30
 """Pixels left and right of an axis."""
 
-STATE_COLOURS = {"embolism": "#e0483e", "none": "#3d9a50", "uncertain": "#e6a117", "": "#9aa3ad"}
+STATE_COLOURS = {
+    "embolism": "#e0483e", "not_outlined": "#e0483e", "none": "#3d9a50", "uncertain": "#e6a117", "": "#9aa3ad"
+}  # fmt: skip
 _CURRENT = "#2f7de1"
 _SERIES = ("#2f7de1", "#e0483e", "#3d9a50", "#e6a117", "#8e5bd0", "#5b6770")
 
@@ -74,7 +76,7 @@ class _Axis(qt.QWidget):
 
 
 class SliceStrip(_Axis):
-    """The slices to review: tall red is embolism, short green none, amber uncertain, hollow grey still open."""
+    """The slices to review: tall red is embolism (hollow: not outlined), green none, amber uncertain, grey open."""
 
     def __init__(self, parent=None) -> None:
         _Axis.__init__(self, 54, parent)
@@ -90,8 +92,8 @@ class SliceStrip(_Axis):
             painter.fillRect(x - 1, 2, 3, bottom, qt.QColor(_CURRENT))
         for line in self.lines:
             x, colour = self.place(line.slice_index), qt.QColor(STATE_COLOURS[line.state])
-            tall = {"embolism": 18, "uncertain": 13, "none": 9, "": 8}[line.state]
-            if line.state:
+            tall = {"embolism": 18, "not_outlined": 18, "uncertain": 13, "none": 9, "": 8}[line.state]
+            if line.state not in ("", "not_outlined"):
                 painter.fillRect(x - 2, bottom - tall, 5, tall, colour)
             else:
                 painter.setPen(colour)

@@ -11,7 +11,10 @@ from PulmonaryEmbolismLib.answers import Candidate
 from PulmonaryEmbolismLib.drafts import Masks
 
 CLOT_HU = (0, 100)
-"""Hounsfield units that paint is confined to when the reader asks for it."""
+"""Hounsfield units of clot; the reader may change them."""
+
+GROW_MM = 15.0
+"""How far a grown region reaches from where the reader pointed: clot is as bright as the muscle next to it."""
 
 
 def fill_between(masks: Masks, reviewed: Iterable[int]) -> Masks:
@@ -50,8 +53,50 @@ def _signed_distance(mask: np.ndarray) -> np.ndarray:
     return np.where(mask, np.sqrt(nearest) + 0.5, 0.5 - np.sqrt(nearest))
 
 
+def in_range(hu: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Where a slice's Hounsfield units lie in the clot range."""
+    return (hu >= low) & (hu <= high)
+
+
+def grow(inside: np.ndarray, row: int, column: int, spacing_mm: Sequence[float]) -> np.ndarray:
+    """The connected part of ``inside`` round a pixel, within ``GROW_MM`` of it; nothing if the pixel is not in it.
+
+    Args:
+        inside: (rows, columns), true where the region may grow.
+        row: of the pixel.
+        column: of the pixel.
+        spacing_mm: between rows and between columns.
+    """
+    region = np.zeros_like(inside)
+    if not (0 <= row < inside.shape[0] and 0 <= column < inside.shape[1] and inside[row, column]):
+        return region
+    reach = [int(np.ceil(GROW_MM / mm)) for mm in spacing_mm]
+    rows, columns = (slice(max(at - n, 0), at + n + 1) for at, n in zip((row, column), reach))
+    r, c = np.ogrid[rows.start : min(rows.stop, inside.shape[0]), columns.start : min(columns.stop, inside.shape[1])]
+    near = ((r - row) * spacing_mm[0]) ** 2 + ((c - column) * spacing_mm[1]) ** 2 <= GROW_MM**2
+    may = np.pad(inside[rows, columns] & near, 1)
+    grown = np.zeros_like(may)
+    grown[row - rows.start + 1, column - columns.start + 1] = True
+    while True:
+        wider = grown.copy()
+        wider[1:] |= grown[:-1]
+        wider[:-1] |= grown[1:]
+        wider[:, 1:] |= grown[:, :-1]
+        wider[:, :-1] |= grown[:, 1:]
+        wider &= may
+        if np.array_equal(wider, grown):
+            break
+        grown = wider
+    region[rows, columns] = grown[1:-1, 1:-1]
+    return region
+
+
 def candidate_region(
-    candidate: Candidate, attention: images.Image, shape: Sequence[int], affine: np.ndarray, hu: Optional[np.ndarray]
+    candidate: Candidate,
+    attention: images.Image,
+    shape: Sequence[int],
+    affine: np.ndarray,
+    within: Optional[np.ndarray],
 ) -> np.ndarray:
     """Where paint may begin on a candidate's slice: attention above half of its maximum in the candidate's box.
 
@@ -60,7 +105,7 @@ def candidate_region(
         attention: the attention volume on its own coarse grid.
         shape: (slices, rows, columns) of the CT.
         affine: (slice, row, column) of the CT to LPS mm.
-        hu: the CT's slice, to keep to the clot range; None to keep everything.
+        within: (rows, columns) to keep to, as the clot range; None to keep everything.
 
     Returns:
         (rows, columns), true where the region is; the reader corrects it.
@@ -76,9 +121,7 @@ def candidate_region(
     values = np.zeros((rows, columns))
     values[inside] = _trilinear(attention.voxels, places[inside] @ to_grid[:3, :3].T + to_grid[:3, 3])
     region = inside & (values >= max(values.max() / 2, 1e-9))
-    if hu is not None:
-        region &= (hu >= CLOT_HU[0]) & (hu <= CLOT_HU[1])
-    return region
+    return region if within is None else region & within
 
 
 def _trilinear(voxels: np.ndarray, index: np.ndarray) -> np.ndarray:

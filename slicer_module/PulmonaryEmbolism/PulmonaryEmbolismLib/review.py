@@ -1,18 +1,30 @@
-"""One study under review: which slices, what the reader decided; and the order of the worklist. No Slicer, no Qt.
+"""One study under review: which slices, and what the reader decided. No Slicer, no Qt.
 
 What counts as complete is decided by the server, never here.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict, replace
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from PulmonaryEmbolismLib import images
-from PulmonaryEmbolismLib.answers import Candidate, Row, Saved, Scheduled, Study
-from PulmonaryEmbolismLib.drafts import EMBOLISM, NONE, UNCERTAIN, Draft, Mark, Masks, now
+from PulmonaryEmbolismLib.answers import Candidate, Saved, Scheduled, Study
+from PulmonaryEmbolismLib.drafts import (
+    EMBOLISM,
+    NONE,
+    NOT_OUTLINED,
+    UNCERTAIN,
+    Decision,
+    Draft,
+    Mark,
+    Masks,
+    now,
+)
 
 
 class Line(NamedTuple):
@@ -25,7 +37,11 @@ class Line(NamedTuple):
 
 
 class ReviewSession:
-    """What one reader decides on one study. Every change counts up ``version``."""
+    """What one reader decides on one study. Every change counts up ``version``.
+
+    The session and Slicer's scene hold the same: paint as paint, everything else as the text that ``to_text`` writes
+    and that the scene keeps with the paint, so that Slicer's own undo takes back both at once.
+    """
 
     def __init__(self, server: str, study: Study, image: images.Image, reader: str) -> None:
         self.server = server
@@ -35,16 +51,16 @@ class ReviewSession:
         self.affine = image.affine
         self.reader = reader
         self.label = study.row.label
-        self.decisions: Dict[str, str] = {}
-        self.model = ""
+        self.note = ""
         self.revision: Optional[str] = None
         self.version = 0
         self.masks: Masks = {}
+        self._decisions: Dict[Tuple[str, int], Decision] = {}
         self._marks: Dict[int, Mark] = {}
         self._z_mm = image.slice_z_mm
         self._schedule = {s.slice_index: s for s in study.schedule if 0 <= s.slice_index < self.shape[0]}
         self._extra: set = set()
-        self._undo: List[tuple] = []
+        self._texts = 0
         self._slices_sent = True
         self._label_sent = True
         self.queued = False
@@ -60,9 +76,20 @@ class ReviewSession:
         return lines
 
     def state(self, k: int) -> str:
-        """What was decided on slice ``k``; "" if nothing."""
+        """What was decided on slice ``k``: embolism, not_outlined, none, uncertain; "" if nothing."""
         mark = self._marks.get(k)
-        return mark.state if mark else ""
+        return mark.word if mark else ""
+
+    @property
+    def emboli(self) -> List[int]:
+        """The slices with embolism, outlined or not."""
+        return [k for k in sorted(self._marks) if self._marks[k].state == EMBOLISM]
+
+    @property
+    def first(self) -> int:
+        """Where reading begins: the first open slice, of a complete study the first with embolism or on the list."""
+        places = [*self.open_slices[:1], *self.emboli[:1], *sorted(self._schedule)[:1], self.shape[0] // 2]
+        return places[0]
 
     def z_mm(self, k: int) -> float:
         """LPS z of a slice."""
@@ -75,6 +102,11 @@ class ReviewSession:
     def add(self, k: int) -> None:
         """Let the reader review a slice off the schedule."""
         self._extra.add(k)
+        self.version += 1
+
+    def nearest_listed(self, k: int) -> Optional[int]:
+        """The listed slice closest to ``k``."""
+        return min((line.slice_index for line in self.lines()), key=lambda other: abs(other - k), default=None)
 
     @property
     def open_slices(self) -> List[int]:
@@ -96,19 +128,17 @@ class ReviewSession:
 
     # --- what the reader does
 
-    def mark(self, k: int, state: str) -> None:
-        """Say "none" or "uncertain" of a slice; paint on it is taken away (``undo`` brings it back)."""
-        if state not in (NONE, UNCERTAIN):
-            raise ValueError(f"a slice is marked none or uncertain; paint makes it embolism, got {state!r}")
-        self._remember(k)
+    def mark(self, k: int, word: str) -> None:
+        """Mark a slice "none", "uncertain" or "not_outlined"; paint on it is taken away."""
+        if word not in (NONE, UNCERTAIN, NOT_OUTLINED):
+            raise ValueError(f"a slice is marked none, uncertain or not_outlined; only paint outlines it, got {word!r}")
+        outline = word == NOT_OUTLINED
         self.masks.pop(k, None)
-        self._marks[k] = Mark(k, self._z_mm[k], state, self.reader, now())
-        self._changed()
+        self._set(Mark(k, self._z_mm[k], EMBOLISM if outline else word, self.reader, now(), outline, self._note_of(k)))
 
     def clear(self, k: int) -> None:
         """Take back what was decided on a slice: it is not reviewed again."""
         if k in self._marks:
-            self._remember(k)
             self.masks.pop(k, None)
             del self._marks[k]
             self._changed()
@@ -119,53 +149,90 @@ class ReviewSession:
         if not mask.any():
             if before is None:
                 return False
-            del self.masks[k], self._marks[k]
-        elif before is not None and np.array_equal(before, mask):
+            self.clear(k)
+            return True
+        if before is not None and np.array_equal(before, mask):
             return False
-        else:
-            self.masks[k] = mask != 0
-            self._marks[k] = Mark(k, self._z_mm[k], EMBOLISM, self.reader, now())
-        self._changed()
+        self.masks[k] = mask != 0
+        self._set(Mark(k, self._z_mm[k], EMBOLISM, self.reader, now(), False, self._note_of(k)))
+        for place, decision in self._decisions.items():
+            if before is not None and decision.decision == "accepted" and decision.slice_index == k:
+                self._decisions[place] = replace(decision, decision="corrected", reader=self.reader, time=now())
         return True
 
-    def paint(self, k: int, mask: np.ndarray) -> None:
-        """Paint that comes by a button, not by the brush: ``undo`` takes it back."""
-        self._remember(k)
-        self.set_mask(k, mask)
+    def differing(self, masks: Masks) -> List[int]:
+        """The slices on which other paint is than the session knows."""
+        same = lambda k: k in masks and k in self.masks and np.array_equal(masks[k], self.masks[k])  # noqa: E731
+        return [k for k in sorted({*masks, *self.masks}) if not same(k)]
 
-    def set_masks(self, masks: Masks) -> List[int]:
-        """All paint there is, as the scene holds it; the slices that changed."""
-        nothing = np.zeros(self.shape[1:], bool)
-        return [k for k in sorted({*masks, *self.masks}) if self.set_mask(k, masks.get(k, nothing))]
+    def write_note(self, text: str, k: Optional[int] = None) -> None:
+        """The reader's remark on a reviewed slice, or on the study."""
+        if k is None:
+            if text != self.note:
+                self.note = text
+                self._changed()
+        elif text != self._note_of(k) and k in self._marks:
+            self._set(replace(self._marks[k], note=text))
 
-    def undo(self) -> Optional[int]:
-        """Take back the last decision; the slice it was on, None if there is nothing to take back."""
-        if not self._undo:
-            return None
-        k, mark, mask = self._undo.pop()
-        for held, value in ((self._marks, mark), (self.masks, mask)):
-            held.pop(k, None)
-            if value is not None:
-                held[k] = value
-        self._changed()
-        return k
+    def note_of(self, k: Optional[int] = None) -> str:
+        return self.note if k is None else self._note_of(k)
 
     def set_label(self, label: str) -> None:
-        """Say positive, negative or uncertain of the study, with or without slices."""
+        """Positive, negative or uncertain, with or without slices; "" takes the label back."""
         if label != self.label:
             self.label = label
             self._label_sent = False
             self.version += 1
 
     def decide(self, candidate: Candidate, decision: str, model: str) -> None:
-        """Remember "accepted" or "rejected" for a candidate of a model."""
-        if model != self.model:
-            self.model, self.decisions = model, {}
-        self.decisions[str(candidate.rank)] = decision
-        self.version += 1
+        """Remember what the reader makes of a candidate of the model with this SHA-256."""
+        if self.decision(candidate, model) != decision:
+            self._decisions[model, candidate.rank] = Decision(
+                decision, model, candidate.rank, candidate.centre_lps_mm, candidate.slice_index, self.reader, now()
+            )
+            self._changed()
+
+    def leave_open(self, candidates: Iterable[Candidate], model: str) -> None:
+        """The candidates that were shown and not decided on, when the reader is done."""
+        for candidate in candidates:
+            if not self.decision(candidate, model):
+                self.decide(candidate, "undecided", model)
 
     def decision(self, candidate: Candidate, model: str) -> str:
-        return self.decisions.get(str(candidate.rank), "") if model == self.model else ""
+        known = self._decisions.get((model, candidate.rank))
+        return known.decision if known else ""
+
+    # --- as the scene keeps it
+
+    def to_text(self) -> str:
+        """All but the paint, as a text that differs from every one written before."""
+        self._texts += 1
+        return json.dumps(
+            {
+                "text": self._texts,
+                "marks": [mark.to_json() for _, mark in sorted(self._marks.items())],
+                "extra": sorted(self._extra),
+                "decisions": [asdict(decision) for decision in self._sorted_decisions()],
+                "note": self.note,
+            }
+        )
+
+    def from_text(self, text: str, masks: Masks) -> List[int]:
+        """Go back (or forth) to what the scene held once; the slices that are marked or painted otherwise."""
+        data = json.loads(text)
+        marks = {mark.slice_index: mark for mark in map(Mark.from_json, data["marks"])}
+        painted = self.differing(masks)
+        changed = sorted({k for k in {*marks, *self._marks} if marks.get(k) != self._marks.get(k)} | {*painted})
+        self._marks = {k: mark for k, mark in marks.items() if mark.word != EMBOLISM or k in masks}
+        self.masks = dict(masks)
+        self._extra = set(data["extra"])
+        self._take_decisions(data["decisions"])
+        self.note = data["note"]
+        for k in masks:
+            if self._marks.get(k) is None or self._marks[k].word != EMBOLISM:  # painted, and saved before it was marked
+                self._marks[k] = Mark(k, self._z_mm[k], EMBOLISM, self.reader, now())
+        self._changed()
+        return changed
 
     # --- what is kept and sent
 
@@ -178,7 +245,7 @@ class ReviewSession:
         return Draft(
             self.server, self.study, self.image, self.shape, self.affine,
             tuple(self._marks[k] for k in sorted(self._marks)), dict(self.masks),
-            self.label, dict(self.decisions), self.model, self.revision,
+            self.label, self._sorted_decisions(), self.note, self.revision,
             self._slices_sent, self._label_sent, self.queued, self.reader, now(), time.time_ns(),
         )  # fmt: skip
 
@@ -193,22 +260,24 @@ class ReviewSession:
         if saved is not None:
             self.revision = saved.revision
             same_marks = draft.marks == tuple(self._marks[k] for k in sorted(self._marks))
-            same_masks = all(draft.masks[k] is self.masks.get(k) for k in draft.masks)
-            self._slices_sent = same_marks and same_masks
+            same_words = draft.decisions == self._sorted_decisions() and draft.note == self.note
+            self._slices_sent = same_marks and same_words and not self.differing(draft.masks)
         self.queued = self.unsent
 
     def adopt(self, annotation: Optional[Mapping[str, Any]], masks: Masks, revision: Optional[str]) -> None:
         """Begin from the server's version; nothing of it has to be sent."""
         self._marks, self.masks = _read_marks(annotation, masks, self.shape[0])
+        self._take_decisions((annotation or {}).get("decisions") or ())
+        self.note = str((annotation or {}).get("note") or "")
         self.revision, self._slices_sent = revision, True
-        self._undo.clear()
         self.version += 1
 
     def restore(self, draft: Draft) -> None:
-        """Go on from a draft of this study."""
+        """Continue from a draft of this study."""
         self._marks = {mark.slice_index: mark for mark in draft.marks}
         self.masks = dict(draft.masks)
-        self.decisions, self.model = dict(draft.decisions), draft.model
+        self._decisions = {(d.model_sha256, d.rank): d for d in draft.decisions}
+        self.note = draft.note
         self._slices_sent = self._slices_sent and draft.slices_sent
         if not draft.label_sent:
             self.label, self._label_sent = draft.label, False
@@ -222,11 +291,26 @@ class ReviewSession:
                 self._marks[k] = mark
                 if k in masks:
                     self.masks[k] = masks[k]
+        mine = dict(self._decisions)
+        self._take_decisions((annotation or {}).get("decisions") or ())
+        self._decisions.update(mine)
+        self.note = self.note or str((annotation or {}).get("note") or "")
         self.revision = revision
         self._changed()
 
-    def _remember(self, k: int) -> None:
-        self._undo.append((k, self._marks.get(k), self.masks.get(k)))
+    def _set(self, mark: Mark) -> None:
+        self._marks[mark.slice_index] = mark
+        self._changed()
+
+    def _note_of(self, k: int) -> str:
+        return self._marks[k].note if k in self._marks else ""
+
+    def _sorted_decisions(self) -> Tuple[Decision, ...]:
+        return tuple(self._decisions[place] for place in sorted(self._decisions))
+
+    def _take_decisions(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        decisions = map(Decision.from_json, entries)
+        self._decisions = {(decision.model_sha256, decision.rank): decision for decision in decisions}
 
     def _changed(self) -> None:
         self._slices_sent = False
@@ -234,44 +318,10 @@ class ReviewSession:
 
 
 def _read_marks(annotation: Optional[Mapping[str, Any]], masks: Masks, slices: int) -> Tuple[Dict[int, Mark], Masks]:
-    """Marks of an annotation's JSON; a slice called "embolism" counts only with its mask."""
+    """Marks of an annotation's JSON; an outlined slice counts only with its outline."""
     marks = {}
-    for entry in (annotation or {}).get("slices") or ():
-        mark = Mark(
-            int(entry["slice_index"]),
-            float(entry["z_mm"]),
-            str(entry["state"]),
-            str(entry.get("reader") or ""),
-            str(entry.get("time") or ""),
-        )
+    for mark in map(Mark.from_json, (annotation or {}).get("slices") or ()):
         painted = mark.slice_index in masks and bool(masks[mark.slice_index].any())
-        if 0 <= mark.slice_index < slices and (mark.state != EMBOLISM or painted):
+        if 0 <= mark.slice_index < slices and (mark.word != EMBOLISM or painted):
             marks[mark.slice_index] = mark
-    return marks, {k: mask != 0 for k, mask in masks.items() if k in marks and marks[k].state == EMBOLISM}
-
-
-# --- the worklist -------------------------------------------------------------------------------------------------
-
-_STATE_ORDER = {"in_progress": 0, "not_started": 1, "complete": 2}
-
-
-def arrange(rows: Iterable[Row], text: str, state: str, column: str, descending: bool) -> List[Row]:
-    """The rows that match a filter, sorted by a column; unknown probabilities stay last."""
-    words = text.lower().split()
-
-    def matches(row: Row) -> bool:
-        haystack = f"{row.study} {row.label} {row.held_by} {row.model}".lower()
-        return state in ("", row.state) and all(word in haystack for word in words)
-
-    def key(row: Row) -> tuple:
-        if column == "probability":
-            value = row.probability if row.probability is not None else None
-            return (value is None, 0.0 if value is None else (-value if descending else value), row.study)
-        value = {
-            "study": row.study.lower(),
-            "state": (_STATE_ORDER.get(row.state, 3), row.reviewed / max(row.scheduled, 1)),
-            "label": row.label,
-        }[column]
-        return (value, row.study)
-
-    return sorted(filter(matches, rows), key=key, reverse=descending and column != "probability")
+    return marks, {k: mask != 0 for k, mask in masks.items() if k in marks and marks[k].word == EMBOLISM}

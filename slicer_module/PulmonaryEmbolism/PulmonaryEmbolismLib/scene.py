@@ -1,12 +1,13 @@
-"""One study in Slicer's scene: CT, paint, guard, overlay, marks. MRML only: no Qt, no application, no file.
+"""One study in Slicer's scene: CT, paint and marks, proposal, overlay. MRML only: no Qt, no application, no file.
 
 Slices are named by their index in the canonical order, feet to head; the CT is put into the scene in that order, so
-that its K is the slice index whatever the file was.
+that its K is the slice index whatever the file was. Nothing here is saved with Slicer's scene: the review lives on the
+server and in the drafts, and a scene opened another day would show paint that reaches neither.
 """
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, Optional, Tuple
+from typing import Dict, Iterable, Tuple
 
 import numpy as np
 import slicer
@@ -19,13 +20,15 @@ WINDOWS = {"PE": (700, 100), "Lung": (1500, -600), "Mediastinum": (400, 40)}
 """HU width and level of the window presets."""
 
 EMBOLISM = "embolism"
-GUARD = "_guard"
 PROPOSAL = "proposal"
+
+REVIEW_TAG = "PE.Review"
+"""Tag of the segment that keeps what is not paint: Slicer's undo brings back tags and voxels together."""
 
 BINARY_LABELMAP = "Binary labelmap"
 """Slicer's name of a segment's voxels; the function that returns it was renamed between 5.8 and 5.10."""
 
-_COLOURS = {EMBOLISM: (0.95, 0.25, 0.2), GUARD: (0.5, 0.5, 0.5), PROPOSAL: (1.0, 0.85, 0.2)}
+_COLOURS = {EMBOLISM: (0.95, 0.25, 0.2), PROPOSAL: (1.0, 0.85, 0.2)}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Masks = Dict[int, np.ndarray]
@@ -38,7 +41,7 @@ class StudyScene:
         scene: the vtkMRMLScene.
         image: the CT in canonical order.
         name: what the CT is called in Slicer: the study's id.
-        editor: the vtkMRMLSegmentEditorNode whose masking confines the paint.
+        editor: the vtkMRMLSegmentEditorNode with which the reader paints.
     """
 
     def __init__(self, scene, image: Image, name: str, editor) -> None:
@@ -47,30 +50,23 @@ class StudyScene:
         self._image = image
         self.volume = _volume_node(scene, image, name)
         self._show_window(*WINDOWS["PE"])
-        self.segmentation = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", f"{name} embolism")
-        self.segmentation.CreateDefaultDisplayNodes()
-        self.segmentation.SetReferenceImageGeometryParameterFromVolumeNode(self.volume)
-        display = self.segmentation.GetDisplayNode()
-        display.SetOpacity2DFill(0.25)
-        for segment in (EMBOLISM, PROPOSAL, GUARD):
-            self.segmentation.GetSegmentation().AddEmptySegment(segment, segment, _COLOURS[segment])
-        display.SetSegmentVisibility(GUARD, False)
-        display.SetSegmentOpacity2DFill(PROPOSAL, 0.0)
+        self.segmentation = self._segmentation_node(EMBOLISM, 0.25)
+        self._proposal = None
         self._attention = None
         self._candidates = None
-        self._guarded: Optional[int] = None
         self._prepare_editor()
 
     def close(self) -> None:
-        """Remove what was added; the views show nothing."""
+        """Remove what was added, displays included: an orphaned display holds its whole CT. The views show nothing."""
         for composite in _nodes(self._scene, "vtkMRMLSliceCompositeNode"):
             composite.SetBackgroundVolumeID(None)
             composite.SetForegroundVolumeID(None)
         self._editor.SetAndObserveSegmentationNode(None)
         self._editor.SetAndObserveSourceVolumeNode(None)
-        for node in (self._candidates, self._attention, self.segmentation, self.volume):
+        for node in (self._candidates, self._attention, self._proposal, self.segmentation, self.volume):
             if node is not None:
-                self._scene.RemoveNode(node)
+                _remove(self._scene, node)
+        self._candidates = self._attention = self._proposal = self.segmentation = self.volume = self._image = None
 
     # --- looking
 
@@ -102,60 +98,56 @@ class StudyScene:
         """The CT's slice ``k``: (rows, columns)."""
         return self._image.voxels[k]
 
-    # --- paint
+    def place(self, ras: Tuple[float, float, float]) -> Tuple[int, int, int]:
+        """Slice, row and column nearest to a place in RAS mm; they may lie outside of the CT."""
+        index = np.linalg.solve(self._image.affine, _LPS_TO_RAS @ (*ras, 1.0))[:3]
+        return tuple(int(n) for n in np.rint(index))
+
+    def centre(self, slice_nodes: Iterable, k: int, lps_mm: Tuple[float, float, float]) -> None:
+        """All views on one place: on slice ``k``, above or below ``lps_mm``."""
+        index = np.linalg.solve(self._image.affine, (*lps_mm, 1.0))
+        index[0] = k
+        ras = (_LPS_TO_RAS @ self._image.affine @ index)[:3]
+        for node in slice_nodes:
+            node.JumpSliceByCentering(*ras)
+
+    # --- paint and marks
 
     def masks(self) -> Masks:
         """Every painted slice: (rows, columns) where there is paint."""
-        return self._masks_of(EMBOLISM)
+        return self._masks_of(self.segmentation, EMBOLISM)
 
     def paint(self, masks: Masks) -> None:
-        """Replace all paint."""
-        self._replace(EMBOLISM, masks)
+        """Replace all paint, where it differs."""
+        present = self.masks()
+        same = {k: mask for k, mask in masks.items() if k in present and np.array_equal(mask, present[k])}
+        if not len(same) == len(masks) == len(present):
+            self._replace(self.segmentation, EMBOLISM, masks)
 
-    def paint_slice(self, k: int, mask: Optional[np.ndarray]) -> None:
-        """Replace the paint of one slice; None takes it away."""
-        masks = self.masks()
-        before = masks.pop(k, None)
-        if mask is not None and mask.any():
-            if before is not None and np.array_equal(before, mask):
-                return
-            masks[k] = mask
-        elif before is None:
-            return
-        self._replace(EMBOLISM, masks)
+    def review_text(self) -> str:
+        """What was kept with the paint; "" before anything was."""
+        text = vtk.reference("")
+        held = self.segmentation.GetSegmentation().GetSegment(EMBOLISM).GetTag(REVIEW_TAG, text)
+        return str(text) if held else ""
 
-    def select_paint(self) -> None:
-        """The brush paints embolism, whichever segment was chosen in the Segment Editor's table or by its keys."""
-        if self._editor.GetSegmentationNode() is self.segmentation and self._editor.GetSelectedSegmentID() != EMBOLISM:
-            self._editor.SetSelectedSegmentID(EMBOLISM)
-
-    def guard(self, k: Optional[int]) -> None:
-        """Confine the Segment Editor's paint to slice ``k``; None forbids paint everywhere."""
-        if k == self._guarded and self._guard_is_whole():
-            return
-        self._guarded = k
-        whole = np.ones(self._image.voxels.shape[1:], bool)
-        self._replace(GUARD, {} if k is None else {k: whole})
-        self.segmentation.GetDisplayNode().SetSegmentVisibility(GUARD, False)
-
-    def set_clot_range(self, on: bool, low: float, high: float) -> None:
-        """Confine paint to Hounsfield units from ``low`` to ``high``, or not."""
-        self._editor.SetSourceVolumeIntensityMask(on)
-        self._editor.SetSourceVolumeIntensityMaskRange(low, high)
+    def keep_review_text(self, text: str) -> None:
+        self.segmentation.GetSegmentation().GetSegment(EMBOLISM).SetTag(REVIEW_TAG, text)
 
     def show_proposal(self, masks: Masks) -> None:
-        """Outlines that are a proposal: in a segment of their own, never sent."""
-        self._replace(PROPOSAL, masks)
+        """Outlines that are a proposal: in a segmentation of their own, never edited, never sent."""
+        if self._proposal is None:
+            self._proposal = self._segmentation_node(PROPOSAL, 0.0)
+        self._replace(self._proposal, PROPOSAL, masks)
 
     def proposal(self) -> Masks:
-        return self._masks_of(PROPOSAL)
+        return {} if self._proposal is None else self._masks_of(self._proposal, PROPOSAL)
 
     # --- the detection
 
     def show_attention(self, image: Image) -> None:
         """The attention volume (0 to 255) on its own coarse grid, as foreground; invisible until ``set_overlay``."""
         if self._attention is not None:
-            self._scene.RemoveNode(self._attention)
+            _remove(self._scene, self._attention)
         self._attention = _volume_node(self._scene, image, f"{self.volume.GetName()} attention")
         display = self._attention.GetDisplayNode()
         display.SetAndObserveColorNodeID(_heat(self._scene).GetID())
@@ -182,6 +174,7 @@ class StudyScene:
             )
             self._candidates.CreateDefaultDisplayNodes()
             self._candidates.SetLocked(True)
+            _keep_out_of_files(self._candidates)
             self._candidates.SetDisplayVisibility(False)
             display = self._candidates.GetDisplayNode()
             display.SetGlyphScale(1.6)
@@ -197,31 +190,37 @@ class StudyScene:
     def _show_window(self, width: float, level: float) -> None:
         self.volume.GetDisplayNode().SetWindowLevel(width, level)
 
+    def _segmentation_node(self, segment: str, fill: float):
+        """An empty segmentation on the CT's grid with one segment."""
+        node = self._scene.AddNewNodeByClass("vtkMRMLSegmentationNode", f"{self.volume.GetName()} {segment}")
+        node.CreateDefaultDisplayNodes()
+        node.SetReferenceImageGeometryParameterFromVolumeNode(self.volume)
+        node.GetDisplayNode().SetOpacity2DFill(fill)
+        node.GetSegmentation().AddEmptySegment(segment, segment, _COLOURS[segment])
+        _keep_out_of_files(node)
+        return node
+
     def _prepare_editor(self) -> None:
-        """Paint only inside the guard, and never at the cost of another segment: "overwrite" would eat the guard."""
+        """Paint goes wherever the brush does: Slicer computes a mask of the whole CT anew for every stroke.
+
+        What lies off the slice is taken away afterwards, at no cost (``panel/annotate``).
+        """
         editor = self._editor
         editor.SetAndObserveSegmentationNode(self.segmentation)
         editor.SetAndObserveSourceVolumeNode(self.volume)
         editor.SetSelectedSegmentID(EMBOLISM)
-        editor.SetMaskMode(slicer.vtkMRMLSegmentationNode.EditAllowedInsideSingleSegment)
-        editor.SetMaskSegmentID(GUARD)
+        editor.SetMaskMode(slicer.vtkMRMLSegmentationNode.EditAllowedEverywhere)
+        editor.SetSourceVolumeIntensityMask(False)
         editor.SetOverwriteMode(slicer.vtkMRMLSegmentEditorNode.OverwriteNone)
 
-    def _representation(self, segment: str):
-        return self.segmentation.GetSegmentation().GetSegment(segment).GetRepresentation(BINARY_LABELMAP)
-
-    def _guard_is_whole(self) -> bool:
-        """Whether the guard is what it was set to: undo in the Segment Editor may have brought an older one back."""
-        return sorted(self._masks_of(GUARD)) == ([] if self._guarded is None else [self._guarded])
-
-    def _masks_of(self, segment: str) -> Masks:
+    def _masks_of(self, node, segment: str) -> Masks:
         """Read a segment's own labelmap, which covers only the part of the CT that holds something."""
-        labelmap = self._representation(segment)
+        labelmap = node.GetSegmentation().GetSegment(segment).GetRepresentation(BINARY_LABELMAP)
         scalars = labelmap.GetPointData().GetScalars() if labelmap is not None else None
         if scalars is None or scalars.GetNumberOfTuples() == 0:
             return {}
         i0, i1, j0, j1, k0, k1 = labelmap.GetExtent()
-        value = self.segmentation.GetSegmentation().GetSegment(segment).GetLabelValue()
+        value = node.GetSegmentation().GetSegment(segment).GetLabelValue()
         part = numpy_support.vtk_to_numpy(scalars).reshape(k1 - k0 + 1, j1 - j0 + 1, i1 - i0 + 1)
         slices, rows, columns = self._image.voxels.shape
         masks = {}
@@ -233,8 +232,8 @@ class StudyScene:
                 masks[k] = mask
         return masks
 
-    def _replace(self, segment: str, masks: Masks) -> None:
-        """Give a segment a labelmap of its own, as large as its paint: quick, and no other segment is touched."""
+    def _replace(self, owner, segment: str, masks: Masks) -> None:
+        """Give a segment a labelmap of its own, as large as its paint."""
         painted = {k: mask for k, mask in masks.items() if mask.any()}
         labelmap = slicer.vtkOrientedImageData()
         labelmap.SetImageToWorldMatrix(_ijk_to_ras(self._image.affine))
@@ -253,10 +252,10 @@ class StudyScene:
         else:
             labelmap.SetExtent(0, -1, 0, -1, 0, -1)
             labelmap.AllocateScalars(vtk.VTK_UNSIGNED_CHAR, 1)
-        node = self.segmentation.GetSegmentation().GetSegment(segment)
-        node.SetLabelValue(1)
-        node.AddRepresentation(BINARY_LABELMAP, labelmap)
-        self.segmentation.Modified()
+        held = owner.GetSegmentation().GetSegment(segment)
+        held.SetLabelValue(1)
+        held.AddRepresentation(BINARY_LABELMAP, labelmap)
+        owner.Modified()
 
 
 def _volume_node(scene, image: Image, name: str):
@@ -273,7 +272,27 @@ def _volume_node(scene, image: Image, name: str):
     display.SetAutoWindowLevel(False)
     display.SetAndObserveColorNodeID("vtkMRMLColorTableNodeGrey")
     node.SetAndObserveDisplayNodeID(display.GetID())
-    return scene.AddNode(node)
+    scene.AddNode(node)
+    _keep_out_of_files(node)
+    return node
+
+
+def _keep_out_of_files(node) -> None:
+    """Leave a node and its displays out of a scene that the reader saves."""
+    for held in (node, *_displays(node)):
+        held.SetSaveWithScene(False)
+
+
+def _remove(scene, node) -> None:
+    """A node with its displays and its storage, which Slicer would leave behind."""
+    storage = node.GetStorageNode() if hasattr(node, "GetStorageNode") else None
+    for held in (*_displays(node), storage, node):
+        if held is not None:
+            scene.RemoveNode(held)
+
+
+def _displays(node) -> Tuple:
+    return tuple(node.GetNthDisplayNode(i) for i in range(node.GetNumberOfDisplayNodes()))
 
 
 def _ijk_to_ras(affine: np.ndarray) -> vtk.vtkMatrix4x4:
@@ -298,6 +317,7 @@ def _heat(scene):
             t = i / 255
             node.SetColor(i, f"{i}", min(1.0, 0.35 + 1.1 * t), max(0.0, 1.4 * t - 0.35), max(0.0, 2.0 * t - 1.3), 1.0)
         node.HideFromEditorsOn()
+        node.SetSaveWithScene(False)
         node = scene.AddNode(node)
     return node
 

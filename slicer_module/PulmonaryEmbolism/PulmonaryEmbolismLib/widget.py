@@ -5,27 +5,33 @@ Handlers are short and run on the main thread; whatever asks the server or write
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import time
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import qt
 import slicer
+from slicer.i18n import tr as _
 
 from PulmonaryEmbolismLib import review, scene
 from PulmonaryEmbolismLib.answers import Server
 from PulmonaryEmbolismLib.client import Client
-from PulmonaryEmbolismLib.drafts import NONE, UNCERTAIN, Drafts
+from PulmonaryEmbolismLib.drafts import NONE, NOT_OUTLINED, UNCERTAIN, Drafts
 from PulmonaryEmbolismLib.jobs import Cancelled, Job, Runner
+from PulmonaryEmbolismLib.keys import KEYS
 from PulmonaryEmbolismLib.panel import forms
 from PulmonaryEmbolismLib.panel.annotate import Annotate
 from PulmonaryEmbolismLib.panel.connection import Connection
 from PulmonaryEmbolismLib.panel.detecting import Detecting
+from PulmonaryEmbolismLib.panel.painting import Painting
 from PulmonaryEmbolismLib.panel.saving import Saving
 from PulmonaryEmbolismLib.panel.study import OpenStudy
 from PulmonaryEmbolismLib.panel.training import Training
 from PulmonaryEmbolismLib.panel.worklist import Worklist
+from PulmonaryEmbolismLib.views import Views
 
 POLL_MILLISECONDS = 25
 RETRY_SECONDS = 20.0
@@ -35,6 +41,8 @@ TRAINING_SECONDS = 2.0
 
 QUIET = ("autosave", "retry", "refresh", "training", "release")
 """Groups of jobs that nobody waits for."""
+
+log = logging.getLogger(__name__)
 
 
 class Panel:
@@ -51,7 +59,8 @@ class Panel:
         self.ui = ui
         self.cache = cache
         self.ask = question
-        self.runner = Runner()
+        self.runner = Runner(self._delivered, self.failed)
+        self.views = Views(self.safely)
         self.drafts = Drafts(data / "drafts")
         self.client: Optional[Client] = None
         self.server: Optional[Server] = None
@@ -63,18 +72,20 @@ class Panel:
         self.connection = Connection(self)
         self.worklist = Worklist(self)
         self.study = OpenStudy(self)
+        self.painting = Painting(self)
         self.annotate = Annotate(self)
         self.saving = Saving(self)
         self.detecting = Detecting(self)
         self.training = Training(self)
         for section in self._sections():
             section.collapsed = True
-        ui.cancelButton.connect("clicked()", self.cancel)
+        ui.errorLabel.visible = False
+        self.on_click([(ui.cancelButton, self.cancel)])
         self._give_editor_its_node()
         self.enable()
         self.timer = qt.QTimer()
         self.timer.setInterval(POLL_MILLISECONDS)
-        self.timer.connect("timeout()", self.tick)
+        self.connect(self.timer, "timeout()", self.tick)
         self.timer.start()
 
     # --- life of the panel
@@ -85,21 +96,47 @@ class Panel:
             return
         self.ui.editor.setupViewObservations()
         self.ui.editor.installKeyboardShortcuts()
-        annotate = self.annotate
-        for key, handler in (
-            ("N", functools.partial(annotate.step, 1)),
-            ("P", functools.partial(annotate.step, -1)),
-            ("E", functools.partial(annotate.mark, NONE)),
-            ("U", functools.partial(annotate.mark, UNCERTAIN)),
-            ("O", self.detecting.toggle_overlay),
-            ("Ctrl+Return", self.saving.submit),
-            ("Ctrl+Enter", self.saving.submit),
-        ):
-            shortcut = qt.QShortcut(qt.QKeySequence(key), slicer.util.mainWindow())
-            shortcut.connect("activated()", functools.partial(_unless_typing, handler))
-            self._shortcuts.append(shortcut)
-        self.observe(self.red_node(), "ModifiedEvent", annotate.slice_moved)
-        annotate.slice_moved()
+        actions = self._actions()
+        for key in KEYS:
+            for sequence in key.sequences:
+                shortcut = qt.QShortcut(qt.QKeySequence(sequence), slicer.util.mainWindow())
+                shortcut.setAutoRepeat(False)  # a key that is held down reads no slices
+                self.connect(shortcut, "activated()", functools.partial(_unless_typing, actions[key.action]))
+                self._shortcuts.append(shortcut)
+        self.observe(self.views.red(), "ModifiedEvent", self.annotate.slice_moved)
+        if self.nodes is not None:
+            self.views.watch()
+        self.annotate.slice_moved()
+
+    def _actions(self) -> Dict[str, Callable[[], None]]:
+        """What the keys do, by the names in ``keys``."""
+        annotate, painting, saving, detecting = self.annotate, self.painting, self.saving, self.detecting
+        partial = functools.partial
+        return {
+            "next_slice": partial(annotate.step, 1),
+            "previous_slice": partial(annotate.step, -1),
+            "none": partial(annotate.mark, NONE),
+            "not_outlined": partial(annotate.mark, NOT_OUTLINED),
+            "unsure": partial(annotate.mark, UNCERTAIN),
+            "grow": painting.grow_at_pointer,
+            "propose": painting.propose,
+            "positive": partial(saving.label, "positive"),
+            "negative": partial(saving.label, "negative"),
+            "uncertain": partial(saving.label, "uncertain"),
+            "submit": saving.submit,
+            "next_study": self.worklist.next_study,
+            "former_study": self.study.open_former,
+            "detect": detecting.detect,
+            "next_candidate": partial(detecting.step_candidate, 1),
+            "previous_candidate": partial(detecting.step_candidate, -1),
+            "accept": detecting.accept,
+            "reject": detecting.reject,
+            "overlay": detecting.toggle_overlay,
+            "slab": painting.next_slab,
+            "pe_window": partial(painting.set_window, "PE"),
+            "lung_window": partial(painting.set_window, "Lung"),
+            "mediastinum_window": partial(painting.set_window, "Mediastinum"),
+        }
 
     def exit(self) -> None:
         """The module is left: its keys and its brush do not stay behind."""
@@ -108,7 +145,8 @@ class Panel:
         self.ui.editor.uninstallKeyboardShortcuts()
         self.ui.editor.removeViewObservations()
         self._remove_keys()
-        self.unobserve(self.red_node())
+        self.views.unwatch()
+        self.unobserve(self.views.red())
 
     def cleanup(self) -> None:
         """Slicer closes, or the module is reloaded: what is not sent stays in the drafts."""
@@ -118,6 +156,7 @@ class Panel:
             self.drafts.write(self.session.snapshot())
         self.study.close()
         self._remove_keys()
+        self.views.unwatch()
         for node, tag in self._observed:
             node.RemoveObserver(tag)
         self._observed = []
@@ -129,7 +168,7 @@ class Panel:
         if self.session is not None:
             self.saving.keep()
         self.nodes = None
-        self._observed = [pair for pair in self._observed if pair[0] is self.red_node()]
+        self._observed = [pair for pair in self._observed if pair[0] is self.views.red()]
         self.study.close()
         self._give_editor_its_node()
 
@@ -138,8 +177,6 @@ class Panel:
         self.runner.poll()
         self._show_activity()
         self.annotate.settle()
-        if self.nodes is not None:
-            self.nodes.select_paint()
         if self.server is None:
             return
         now = time.monotonic()
@@ -155,7 +192,9 @@ class Panel:
 
     def _give_editor_its_node(self) -> None:
         self.editor_node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentEditorNode", "PE editor")
+        self.editor_node.SetSaveWithScene(False)
         self.ui.editor.setMRMLSegmentEditorNode(self.editor_node)
+        self.observe(self.editor_node, "ModifiedEvent", self.painting.editor_changed)
 
     def _remove_keys(self) -> None:
         for shortcut in self._shortcuts:
@@ -189,28 +228,57 @@ class Panel:
         self.saving.forget()
 
     def say(self, what) -> None:
-        """A sentence in the status bar; an error also where it stays to be read."""
+        """A sentence in the status bar; an error also where it stays until something succeeds."""
         if isinstance(what, Cancelled):
             return
         slicer.util.showStatusMessage(str(what), 6000)
         if isinstance(what, Exception):
-            self.connection.show_error(what)
+            self.ui.errorLabel.text = str(what)
+            self.ui.errorLabel.visible = True
         self.enable()
+
+    def failed(self, error: Exception) -> None:
+        """Something that should not happen: shown, logged with its place, and the controls work again."""
+        log.error("The Pulmonary Embolism module failed", exc_info=error)
+        text = _("The module failed: {error}. What you reviewed is kept; Slicer's error log has the details.")
+        with contextlib.suppress(Exception):  # what failed may be what enables
+            self.say(RuntimeError(text.format(error=str(error) or type(error).__name__)))
+
+    def safely(self, handler: Callable) -> Callable:
+        """The handler for Qt and VTK, which drop an exception without a word."""
+
+        def safe(*values):
+            try:
+                return handler(*values)
+            except Exception as error:
+                self.failed(error)
+
+        return safe
+
+    def connect(self, sender, signal: str, handler: Callable) -> None:
+        """A signal to a handler that takes what the signal brings."""
+        sender.connect(signal, self.safely(handler))
+
+    def on_click(self, handlers: Iterable[Tuple[object, Callable[[], None]]]) -> None:
+        """Buttons and what they do."""
+        for button, handler in handlers:
+            self.connect(button, "clicked()", handler)
+
+    def _delivered(self, job: Job) -> None:
+        """Work that the reader waited for has succeeded: an earlier error is history."""
+        if job.group not in QUIET or job.group == "refresh":
+            self.ui.errorLabel.visible = False
 
     def enable(self) -> None:
         """Controls work when there is something to work on."""
         ui, connected, is_open = self.ui, self.server is not None, self.session is not None
         for section in self._sections():
             section.enabled = connected and (is_open or section in (ui.worklistSection, ui.trainSection))
-        for part in (self.worklist, self.annotate, self.detecting, self.training):
+        for part in (self.worklist, self.painting, self.detecting, self.training):
             part.enable()
 
-    def red_node(self):
-        """The slice node of the axial view."""
-        return slicer.app.layoutManager().sliceWidget("Red").mrmlSliceNode()
-
     def observe(self, node, event, handler: Callable) -> None:
-        self._observed.append((node, node.AddObserver(event, handler)))
+        self._observed.append((node, node.AddObserver(event, self.safely(handler))))
 
     def unobserve(self, node) -> None:
         for held, tag in self._observed:

@@ -11,7 +11,6 @@ from slicer.i18n import tr as _
 from PulmonaryEmbolismLib.answers import Server
 from PulmonaryEmbolismLib.client import Client
 from PulmonaryEmbolismLib.jobs import Cancelled
-from PulmonaryEmbolismLib.panel import forms
 from PulmonaryEmbolismLib.transport import ServerError
 
 SETTINGS = "PulmonaryEmbolism/"
@@ -22,9 +21,9 @@ class Connection:
     def __init__(self, panel) -> None:
         self.panel = panel
         self.ui = ui = panel.ui
-        forms.on_click([(ui.connectButton, self.connect)])
-        ui.addressBox.lineEdit().connect("returnPressed()", self.connect)
-        ui.tokenEdit.connect("returnPressed()", self.connect)
+        panel.on_click([(ui.connectButton, self.connect)])
+        panel.connect(ui.addressBox.lineEdit(), "returnPressed()", self.connect)
+        panel.connect(ui.tokenEdit, "returnPressed()", self.connect)
         self._restore_settings()
 
     def connect(self) -> None:
@@ -43,11 +42,6 @@ class Connection:
         """All is well, and which model is served."""
         self.ui.serverLabel.text = _("Connected. Model: {model}").format(model=self.panel.server.model)
 
-    def show_error(self, error: Exception) -> None:
-        """An error where it stays to be read."""
-        self.ui.serverLabel.text = str(error)
-        self.ui.serverSection.collapsed = False
-
     def _connected(self, client: Client, server: Server) -> None:
         self.ui.readerEdit.text = client.reader
         self.panel.use(client, server)
@@ -57,7 +51,8 @@ class Connection:
         self.ui.serverSection.text = _("Server: {address}").format(address=server.address.split("//")[1])
 
     def _not_connected(self, error: Exception) -> None:
-        self.show_error(Cancelled(_("Cancelled.")) if isinstance(error, Cancelled) else error)
+        self.ui.serverLabel.text = _("Cancelled.") if isinstance(error, Cancelled) else str(error)
+        self.ui.serverSection.collapsed = False
         self.panel.enable()
 
     def _restore_settings(self) -> None:

@@ -1,4 +1,4 @@
-"""Detection: what the model says of the study and where it looked; candidates that the reader accepts or rejects."""
+"""Detection: the model's result for the study and where it looked; candidates that the reader accepts or rejects."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from PulmonaryEmbolismLib.jobs import Cancelled, Job
 from PulmonaryEmbolismLib.panel import forms
 from PulmonaryEmbolismLib.proposals import candidate_region
 
+WIDTHS = (40, 44, 50, 150, 50, 74)
+
 
 class Detecting:
     def __init__(self, panel) -> None:
@@ -21,10 +23,11 @@ class Detecting:
         self.detection: Optional[Detection] = None
         self.attention: Optional[images.Image] = None
         self.curve = plots.EvidenceCurve()
-        self.curve.jump = panel.annotate.jump
+        self._selecting = False
+        self.curve.jump = panel.safely(panel.annotate.jump)
         ui.curveFrame.layout().addWidget(self.curve)
-        forms.set_up(ui.candidatesTable, 3)
-        forms.on_click(
+        forms.set_up(ui.candidatesTable, WIDTHS, 3)
+        panel.on_click(
             [
                 (ui.detectButton, self.detect),
                 (ui.acceptButton, self.accept),
@@ -32,17 +35,19 @@ class Detecting:
                 (ui.overlayButton, self.show_overlay),
             ]
         )
-        ui.candidatesTable.connect("cellClicked(int,int)", lambda row, column: self.go_to_candidate())
-        ui.opacitySlider.connect("valueChanged(double)", lambda value: self.show_overlay())
-        ui.thresholdSlider.connect("valueChanged(double)", lambda value: self.show_overlay())
+        panel.connect(ui.candidatesTable, "cellClicked(int,int)", lambda row, column: self.go_to_candidate())
+        panel.connect(ui.candidatesTable, "currentCellChanged(int,int,int,int)", self._chosen)
+        panel.connect(ui.opacitySlider, "valueChanged(double)", lambda value: self.show_overlay())
+        panel.connect(ui.thresholdSlider, "valueChanged(double)", lambda value: self.show_overlay())
 
     # --- asking the model
 
     def detect(self) -> None:
-        self._ask(_("Detecting"), self._detected)
+        if self.ui.detectButton.enabled:
+            self._ask(_("Detecting"), self._detected)
 
     def _ask(self, text: str, done: Callable) -> None:
-        """In the background; ``done(detection, attention)``. The server answers at once what it knows already."""
+        """In the background; ``done(detection, attention)``. The server answers at once what it has computed before."""
         panel = self.panel
         client, study, folder = panel.client, panel.session.study, panel.cache / "attention"
         panel.runner.drop("detect")
@@ -59,7 +64,7 @@ class Detecting:
         panel.enable()
 
     def show(self, detection: Optional[Detection], attention: Optional[images.Image]) -> None:
-        """What the model says, in words, as a curve and as a list."""
+        """The model's result in words, as a curve and as a list."""
         ui = self.ui
         self.detection, self.attention = detection, attention
         if attention is not None and detection is not None and not detection.refused:
@@ -84,7 +89,7 @@ class Detecting:
         """Whether the model that spoke is no longer the one that is served."""
         detection, server = self.detection, self.panel.server
         old = detection is not None and detection.model.sha256 != server.model.sha256
-        text = _("A new model is served: {model}. Detect again to hear what it says.")
+        text = _("A new model is served: {model}. Detect again to update the detection.")
         self.ui.newModelLabel.text = text.format(model=server.model) if old else ""
         self.ui.newModelLabel.visible = old
 
@@ -124,21 +129,37 @@ class Detecting:
 
     def show_candidates(self) -> None:
         candidates = self.detection.candidates if self.detection else ()
-        table, chosen = self.ui.candidatesTable, self.ui.candidatesTable.currentRow()
+        table = self.ui.candidatesTable
         words = [
             [str(c.rank), str(c.slice_index + 1), f"{c.z_mm:.0f}", c.place,
              "" if c.slab_probability is None else f"{c.slab_probability:.2f}", self._decision(c)]
             for c in candidates
         ]  # fmt: skip
+        self._selecting = True
         forms.fill(table, words, right=(0, 1, 2, 4))
-        if 0 <= chosen < len(words):
-            table.selectRow(chosen)
+        self._selecting = False
         self.curve.show_evidence(self.detection.evidence if self.detection else (), candidates, self._decision)
 
     def go_to_candidate(self) -> None:
-        if self._candidate() is not None:
-            self.panel.annotate.jump(self._candidate().slice_index)
+        """All views on the chosen candidate."""
+        candidate, views = self._candidate(), self.panel.views
+        if candidate is not None:
+            self.panel.nodes.centre(views.all(), candidate.slice_index, candidate.centre_lps_mm)
         self.panel.enable()
+
+    def step_candidate(self, direction: int) -> None:
+        """The next candidate of the list (1) or the one before (-1), centred in all views."""
+        count = len(self.detection.candidates) if self.detection else 0
+        if not count or self.panel.session is None:
+            self.panel.say(_("There are no candidates to go to; detect first."))
+            return
+        row = self.ui.candidatesTable.currentRow()
+        self.ui.candidatesTable.setCurrentCell((row + direction) % count if row >= 0 else 0, 0)
+        self.go_to_candidate()
+
+    def _chosen(self, row: int, _column: int, _from_row: int, _from_column: int) -> None:
+        if not self._selecting and row >= 0 and self.panel.nodes is not None:
+            self.go_to_candidate()
 
     def accept(self) -> None:
         """Begin a region on the candidate's slice, added to what is painted there; the reader corrects it."""
@@ -149,26 +170,27 @@ class Detecting:
             self._accept(candidate)
 
     def _accept(self, candidate: Candidate) -> None:
-        panel, annotate = self.panel, self.panel.annotate
+        panel, annotate, model = self.panel, self.panel.annotate, self.detection.model.sha256
         annotate.sync_paint()
         annotate.jump(candidate.slice_index)
         k, session = annotate.current(), panel.session
-        hu = panel.nodes.hounsfield(k) if self.ui.clotButton.checked else None
-        region = candidate_region(candidate, self.attention, session.shape, session.affine, hu)
-        painted = session.masks.get(k)
-        session.decide(candidate, "accepted", self.detection.model.sha256)
-        session.paint(k, region if painted is None else region | painted)
-        annotate.repaint(k)
+        within = panel.painting.in_clot_range(k) if self.ui.clotButton.checked else None
+        region = candidate_region(candidate, self.attention, session.shape, session.affine, within)
+
+        def change(session) -> None:
+            painted = session.masks.get(k)
+            session.set_mask(k, region if painted is None else region | painted)
+            session.decide(candidate, "accepted", model)
+
+        annotate.edit(change)
         annotate.slice_moved()
-        self.show_candidates()
         panel.say(_("Correct the region on slice {n}, then go on with N.").format(n=k + 1))
 
     def reject(self) -> None:
         candidate = self._candidate()
         if candidate is not None:
-            self.panel.session.decide(candidate, "rejected", self.detection.model.sha256)
-            self.panel.saving.keep()
-            self.show_candidates()
+            model = self.detection.model.sha256
+            self.panel.annotate.edit(lambda session: session.decide(candidate, "rejected", model))
 
     def _candidate(self) -> Optional[Candidate]:
         index = self.ui.candidatesTable.currentRow()

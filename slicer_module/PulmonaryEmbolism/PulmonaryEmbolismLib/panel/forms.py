@@ -1,8 +1,8 @@
-"""What the sections of the panel share: a question, wired buttons, a table of texts."""
+"""What the sections of the panel share: a question, a table of texts."""
 
 from __future__ import annotations
 
-from typing import Callable, Iterable, Sequence, Tuple
+from typing import Sequence
 
 import qt
 import slicer
@@ -21,18 +21,16 @@ def ask(text: str, choices: Sequence[str]) -> str:
     return next((choice for choice in choices if choice == clicked), choices[-1])
 
 
-def on_click(handlers: Iterable[Tuple[object, Callable[[], None]]]) -> None:
-    """Buttons and what they do."""
-    for button, handler in handlers:
-        button.connect("clicked()", handler)
+def set_up(table, widths: Sequence[int], stretch: int) -> None:
+    """Narrow rows without numbers, columns of fixed widths (pixels), and one that takes the rest.
 
-
-def set_up(table, stretch: int) -> None:
-    """Narrow rows without numbers, columns as wide as their words, one that takes the rest."""
+    Widths that follow the contents are measured anew at every change of a cell: quadratic work.
+    """
     table.verticalHeader().setVisible(False)
     table.verticalHeader().setDefaultSectionSize(20)
     header = table.horizontalHeader()
-    header.setSectionResizeMode(qt.QHeaderView.ResizeToContents)
+    for column, width in enumerate(widths):
+        header.resizeSection(column, width)
     header.setSectionResizeMode(stretch, qt.QHeaderView.Stretch)
 
 

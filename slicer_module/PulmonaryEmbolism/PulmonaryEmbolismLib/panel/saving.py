@@ -12,7 +12,6 @@ from slicer.i18n import tr as _
 from PulmonaryEmbolismLib.answers import Saved, Study
 from PulmonaryEmbolismLib.drafts import Draft, Masks, fetch_masks, send
 from PulmonaryEmbolismLib.jobs import Cancelled, Job
-from PulmonaryEmbolismLib.panel import forms
 from PulmonaryEmbolismLib.transport import Conflict, ServerError
 
 
@@ -23,14 +22,41 @@ class Saving:
         self._sending: Set[str] = set()
         self._again: Dict[str, Tuple[Draft, bool]] = {}
         self._blocked: Set[str] = set()
-        forms.on_click([(ui.saveButton, self.save), (ui.submitButton, self.submit)])
-        forms.on_click((button, functools.partial(self.label, label)) for button, label in self._labels())
+        panel.on_click([(ui.saveButton, self.save), (ui.submitButton, self.submit)])
+        panel.on_click((button, functools.partial(self.label, label)) for button, label in self._labels())
+        panel.connect(ui.studyNoteEdit, "editingFinished()", self.write_note)
 
     def label(self, label: str) -> None:
-        """Of the study, with one click, with or without slices."""
-        self.panel.session.set_label(label)
+        """Of the study, with one click or key, with or without slices."""
+        session = self.panel.session
+        if session is None:
+            return
+        self.panel.annotate.sync_paint()
+        if not self._agrees(label, done=False):
+            self.show()
+            return
+        session.set_label(label)
         self.panel.annotate.changed()
         self.save()
+
+    def write_note(self) -> None:
+        """The reader's remark on the study."""
+        session, text = self.panel.session, self.ui.studyNoteEdit.text.strip()
+        if session is not None and text != session.note:
+            self.panel.annotate.edit(lambda session: session.write_note(text))
+
+    def _agrees(self, label: str, done: bool) -> bool:
+        """Whether label and slices fit together, or the reader wants them as they are."""
+        session = self.panel.session
+        emboli = session.emboli
+        if label == "negative" and emboli:
+            slices = ", ".join(str(k + 1) for k in emboli[:5]) + (" …" if len(emboli) > 5 else "")
+            text = _("Embolism is marked on slice {slices}. Is the study negative all the same?").format(slices=slices)
+        elif label == "positive" and done and not emboli and session.progress[0]:
+            text = _("No slice of this study is marked as embolism. Is it positive all the same?")
+        else:
+            return True
+        return self.panel.ask(text, ["Keep the label", "Go back"]) == "Keep the label"
 
     def keep(self) -> None:
         """Write the draft at every change, so that a crash of Slicer takes nothing."""
@@ -45,11 +71,16 @@ class Saving:
             self.say(_("Everything is on the server."))
 
     def submit(self) -> None:
-        """Send as complete; whether it is complete, the server says."""
+        """Send as complete; whether it is complete, the server decides."""
         session = self.panel.session
         if session is None:
             return
         self.panel.annotate.sync_paint()
+        if not self._agrees(session.label, done=not session.open_slices):
+            return
+        detecting = self.panel.detecting
+        if detecting.detection is not None and not session.open_slices:
+            session.leave_open(detecting.detection.candidates, detecting.detection.model.sha256)
         if session.unsent:
             self._send(session.queue(), submitted=True)
         else:
@@ -77,6 +108,7 @@ class Saving:
         """Which study is open, its label, and whether the server has it all."""
         session = self.panel.session
         self.ui.studyLabel.text = session.study if session else _("No study open.")
+        self.ui.studyNoteEdit.text = session.note if session else ""
         for button, label in self._labels():
             button.checked = session is not None and session.label == label
         if session is None:
@@ -219,11 +251,10 @@ class Saving:
             self.say(_("Not sent: another version is on the server. Your work is kept on this computer."))
             return
         if choice == choices[0]:
-            session.merge(known.annotation, masks, known.revision)
+            panel.annotate.edit(lambda session: session.merge(known.annotation, masks, known.revision))
         else:
             panel.drafts.set_aside(session.snapshot())
-            session.adopt(known.annotation, masks, known.revision)
+            panel.annotate.edit(lambda session: session.adopt(known.annotation, masks, known.revision))
         self._blocked.discard(session.study)
-        panel.annotate.repaint_all()
         if session.unsent:
             self._send(session.queue(), submitted)

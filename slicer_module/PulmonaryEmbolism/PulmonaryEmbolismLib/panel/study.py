@@ -22,7 +22,7 @@ class OpenStudy:
     def __init__(self, panel) -> None:
         self.panel = panel
         self.ui = panel.ui
-        self._laid_out = False
+        self._former = ""
 
     def open(self, study: str) -> None:
         """Hold the study, then load it. What is open now is kept and sent."""
@@ -39,6 +39,13 @@ class OpenStudy:
         held = functools.partial(self._held, load)
         panel.runner.submit("study", text, lambda job: client.lease(study), lambda answer: load(), held)
 
+    def open_former(self) -> None:
+        """Back to the study that was open before this one."""
+        if self._former:
+            self.open(self._former)
+        elif self.panel.client is not None:
+            self.panel.say(_("No study was open before this one."))
+
     def close(self) -> None:
         """Put the open study away and let others have it."""
         panel = self.panel
@@ -48,10 +55,12 @@ class OpenStudy:
         if panel.session is None:
             return
         client, study = panel.client, panel.session.study
+        self._former = study
         panel.runner.submit("release", _("Closing"), lambda job: client.release(study))
         if panel.nodes is not None:
             panel.annotate.sync_paint()
             panel.unobserve(panel.nodes.segmentation.GetSegmentation())
+            panel.ui.editor.setActiveEffect(None)
             panel.nodes.close()
         panel.session = panel.nodes = None
         panel.detecting.forget()
@@ -74,11 +83,13 @@ class OpenStudy:
         panel = self.panel
         client, cache, drafts, address = panel.client, panel.cache, panel.drafts, panel.server.address
 
+        reading = _("Reading {study}").format(study=study)  # words are made on the main thread
+
         def work(job: Job):
             known = client.study(study)
             _trim(cache, CACHED_STUDIES)
             path = client.download_image(study, known.sha256, cache, job.report)
-            job.report(_("Reading {study}").format(study=study))
+            job.report(reading)
             image = images.read_image(path).canonical()
             if known.size and image.voxels.shape != known.size:
                 raise images.ImageError(f"The image of {study} is not the one that the server describes.")
@@ -99,25 +110,30 @@ class OpenStudy:
         session.adopt(study.annotation, masks, study.revision)
         if draft is not None and draft.image.get("sha256") == study.sha256:
             self._offer(session, study, masks, draft)
-        panel.session = session
-        panel.nodes = scene.StudyScene(slicer.mrmlScene, image, session.study, panel.editor_node)
-        panel.nodes.paint(session.masks)
-        self._show_views()
-        segmentation = panel.nodes.segmentation.GetSegmentation()
-        panel.observe(segmentation, slicer.vtkSegmentation.SourceRepresentationModified, panel.annotate.painted)
+        nodes = scene.StudyScene(slicer.mrmlScene, image, session.study, panel.editor_node)
+        panel.session, panel.nodes = session, nodes
+        nodes.paint(session.masks)
+        nodes.show(self._show_views())
+        segmentation = nodes.segmentation.GetSegmentation()
+        for event in ("SourceRepresentationModified", "SegmentModified"):  # strokes fire the first, undo the second
+            panel.observe(segmentation, getattr(slicer.vtkSegmentation, event), panel.annotate.painted)
         self.ui.worklistSection.collapsed = True
         for section in (self.ui.studySection, self.ui.annotateSection, self.ui.detectSection):
             section.collapsed = False
         panel.detecting.show(study.detection, None)
+        panel.painting.begin()
         panel.annotate.begin()
         panel.saving.unblock(session.study)
+        if not study.row.usable:
+            reason = _("This study is left out of detection and training: {reason}.").format(reason=study.row.reason)
+            panel.saving.say(reason)
+            panel.say(reason)
         if session.unsent:
             panel.saving.keep()
 
     def _offer(self, session: review.ReviewSession, study: Study, masks: Masks, draft: Draft) -> None:
         """Work of an earlier day that the server does not have: the reader decides what becomes of it."""
         if not draft.unsent:
-            session.decisions, session.model = dict(draft.decisions), draft.model
             return
         found = _("Work on {study} of {time} has not reached the server ({n} slices reviewed).").format(
             study=draft.study, time=draft.time.replace("T", " ").rstrip("Z"), n=len(draft.marks)
@@ -134,16 +150,14 @@ class OpenStudy:
                 return
         self.panel.drafts.set_aside(draft)
 
-    def _show_views(self) -> None:
-        """A large axial view, once; afterwards the reader's own layout is left alone."""
-        manager = slicer.app.layoutManager()
-        if not self._laid_out:
-            manager.setLayout(slicer.vtkMRMLLayoutNode.SlicerLayoutOneUpRedSliceView)
-            self._laid_out = True
-        names = list(manager.sliceViewNames())
-        self.panel.nodes.show([manager.sliceWidget(name).mrmlSliceNode() for name in names])
-        for name in names:
-            manager.sliceWidget(name).sliceLogic().FitSliceToAll()
+    def _show_views(self) -> list:
+        """The slice views, laid out and linked; their nodes."""
+        views = self.panel.views
+        views.lay_out()
+        views.link()
+        views.watch()
+        views.fit()
+        return views.all()
 
 
 def _trim(cache: Path, keep: int) -> None:

@@ -9,7 +9,6 @@ from slicer.i18n import tr as _
 from PulmonaryEmbolismLib import plots
 from PulmonaryEmbolismLib.answers import Server
 from PulmonaryEmbolismLib.jobs import Job
-from PulmonaryEmbolismLib.panel import forms
 
 
 class Training:
@@ -19,7 +18,7 @@ class Training:
         self.curves = plots.TrainingCurves()
         self._running = False
         ui.trainingFrame.layout().addWidget(self.curves)
-        forms.on_click([(ui.trainButton, self.start), (ui.stopButton, self.stop)])
+        panel.on_click([(ui.trainButton, self.start), (ui.stopButton, self.stop)])
 
     def start(self) -> None:
         client, stage = self.panel.client, self.ui.stageBox.currentText

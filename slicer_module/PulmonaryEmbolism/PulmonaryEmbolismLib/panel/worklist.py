@@ -6,12 +6,10 @@ from typing import Callable, List, Sequence
 
 from slicer.i18n import tr as _
 
-from PulmonaryEmbolismLib import review
 from PulmonaryEmbolismLib.answers import Row, Server
-from PulmonaryEmbolismLib.panel import forms
+from PulmonaryEmbolismLib.panel.worklist_table import WorklistTable
 
 STATES = ("", "not_started", "in_progress", "complete")
-COLUMNS = ("study", "state", "label", "probability")
 
 
 class Worklist:
@@ -19,10 +17,8 @@ class Worklist:
         self.panel = panel
         self.ui = ui = panel.ui
         self.rows: Sequence[Row] = ()
-        self._sort = ("state", False)
-        self._shown: List[Row] = []
-        forms.set_up(ui.worklistTable, 0)
-        forms.on_click(
+        self.table = WorklistTable(ui.worklistTable, self._words)
+        panel.on_click(
             [
                 (ui.refreshButton, self.refresh),
                 (ui.openButton, self.open_selected),
@@ -30,11 +26,11 @@ class Worklist:
                 (ui.followingButton, self.next_study),
             ]
         )
-        ui.filterEdit.connect("textChanged(QString)", lambda text: self._show())
-        ui.stateBox.connect("currentIndexChanged(int)", lambda index: self._show())
-        ui.worklistTable.connect("cellDoubleClicked(int,int)", lambda row, column: self.open_selected())
-        ui.worklistTable.connect("itemSelectionChanged()", panel.enable)
-        ui.worklistTable.horizontalHeader().connect("sectionClicked(int)", self.sort)
+        panel.connect(ui.filterEdit, "textChanged(QString)", lambda text: self._filter())
+        panel.connect(ui.stateBox, "currentIndexChanged(int)", lambda index: self._filter())
+        panel.connect(ui.worklistTable, "activated(QModelIndex)", lambda index: self.open_selected())
+        panel.connect(ui.worklistTable, "clicked(QModelIndex)", lambda index: self.enable())
+        panel.connect(ui.worklistTable.horizontalHeader(), "sectionClicked(int)", self.table.sort)
 
     def show_strategies(self, server: Server) -> None:
         self.ui.strategyBox.clear()
@@ -44,23 +40,17 @@ class Worklist:
         """Ask for the worklist and for the model that is served, quietly."""
         client, runner = self.panel.client, self.panel.runner
         runner.drop("refresh")
-        failed = self.panel.connection.show_error
         work: Callable = lambda job: (client.worklist(), client.connect())  # noqa: E731
-        runner.submit("refresh", _("Worklist"), work, lambda found: self._refreshed(*found), failed)
-
-    def sort(self, column: int) -> None:
-        """By a column's heading; again, the other way round."""
-        if column < len(COLUMNS):
-            name = COLUMNS[column]
-            self._sort = (name, not self._sort[1] if self._sort[0] == name else name == "probability")
-            self._show()
+        runner.submit("refresh", _("Worklist"), work, lambda found: self._refreshed(*found), self.panel.say)
 
     def open_selected(self) -> None:
-        if self._selected_study():
-            self.panel.study.open(self._selected_study())
+        if self.table.selected:
+            self.panel.study.open(self.table.selected)
 
     def next_study(self) -> None:
         client, runner = self.panel.client, self.panel.runner
+        if client is None:
+            return
         strategy = self.ui.strategyBox.currentText.replace(" ", "_")
         runner.drop("study")
         text = _("Asking for the next study")
@@ -68,7 +58,7 @@ class Worklist:
 
     def enable(self) -> None:
         connected = self.panel.server is not None
-        self.ui.openButton.enabled = connected and bool(self._selected_study())
+        self.ui.openButton.enabled = connected and bool(self.table.selected)
         self.ui.nextButton.enabled = connected and self.ui.strategyBox.count > 0
 
     def _refreshed(self, rows: Sequence[Row], server: Server) -> None:
@@ -85,19 +75,15 @@ class Worklist:
             self.panel.say(_("The server has no further study for you."))
 
     def _show(self) -> None:
-        ui, chosen = self.ui, self._selected_study()
-        state = STATES[max(ui.stateBox.currentIndex, 0)]
-        self._shown = review.arrange(self.rows, ui.filterEdit.text, state, *self._sort)
-        table = ui.worklistTable
-        table.blockSignals(True)
-        forms.fill(table, [self._words(row) for row in self._shown], right=(1, 3))
-        for index, row in enumerate(self._shown):
-            if row.study == chosen:
-                table.selectRow(index)
-        table.blockSignals(False)
+        self.table.show(self.rows)
         complete = sum(row.state == "complete" for row in self.rows)
-        ui.worklistSection.text = _("Worklist: {n} studies, {c} complete").format(n=len(self.rows), c=complete)
+        text = _("Worklist: {n} studies, {c} complete").format(n=len(self.rows), c=complete)
+        self.ui.worklistSection.text = text
         self.panel.enable()
+
+    def _filter(self) -> None:
+        self.table.filter(self.ui.filterEdit.text, STATES[max(self.ui.stateBox.currentIndex, 0)])
+        self.enable()
 
     def _words(self, row: Row) -> List[str]:
         reviewed = {"complete": _("complete"), "not_started": "—"}.get(row.state, f"{row.reviewed}/{row.scheduled}")
@@ -108,7 +94,3 @@ class Worklist:
         other = row.held_by if row.held_by != self.panel.client.reader else ""
         note = row.reason if not row.usable else _("read by {who}").format(who=other) if other else model
         return [row.study, reviewed, row.label, probability, note]
-
-    def _selected_study(self) -> str:
-        index = self.ui.worklistTable.currentRow()
-        return self._shown[index].study if 0 <= index < len(self._shown) else ""
