@@ -9,6 +9,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from slicer_paths import MODULE
 
+ROOT = MODULE.parents[1]
+
 LIBRARY = MODULE / "PulmonaryEmbolismLib"
 PANEL = sorted([LIBRARY / "widget.py", *LIBRARY.glob("panel/*.py")])
 FILES = sorted([MODULE / "PulmonaryEmbolism.py", *LIBRARY.rglob("*.py")])
@@ -160,19 +162,60 @@ def test_no_key_is_one_of_slicers_own():
     assert not {sequence.lower() for key in KEYS for sequence in key.sequences} & taken
 
 
-def test_the_index_entry_names_category_and_repository():
-    entry = json.loads((MODULE.parent / "PulmonaryEmbolism.json").read_text())
-    assert entry["category"] == "Active Learning"
-    assert entry["tier"] == 1
-    assert entry["build_subdirectory"] == "slicer_module"
-    assert entry["scm_url"].startswith("https://")
+# --- the checks of Slicer's Extensions Index (ExtensionsIndex, scripts/check_description_files.py, and its reviewers)
 
 
-def test_the_extension_says_what_it_is_and_its_pictures_exist():
-    text = (MODULE.parent / "CMakeLists.txt").read_text()
-    for key in ("HOMEPAGE", "CATEGORY", "CONTRIBUTORS", "DESCRIPTION", "ICONURL", "SCREENSHOTURLS", "DEPENDS"):
-        assert f"set(EXTENSION_{key} " in text
-    for name in re.findall(r"slicer_module/([\w/.-]+\.png)", text):
-        assert (MODULE.parent / name).is_file(), name
+def entry():
+    return json.loads((MODULE.parent / "PulmonaryEmbolism.json").read_text())
+
+
+def cmake():
+    """The CMakeLists.txt in the repository's root, which the Index builds: its variables."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    return text, dict(re.findall(r'set\(EXTENSION_(\w+) "(.*?)"\)', text))
+
+
+def test_the_entry_is_built_from_the_repositorys_root():
+    found = entry()
+    assert found["build_subdirectory"] == "."  # another folder means the inner build of a superbuild
+    assert found["build_dependencies"] == []
+    assert found["scm_url"].startswith("https://")
+    assert found["scm_url"].endswith(".git")
+    assert (found["category"], found["tier"]) == ("Active Learning", 1)
+    text, _ = cmake()
+    for folder in re.findall(r"add_subdirectory\((.*?)\)", text):
+        assert (ROOT / folder / "CMakeLists.txt").is_file()
+
+
+def test_entry_project_and_module_have_one_name_which_does_not_begin_with_slicer():
+    text, _ = cmake()
+    name = re.search(r"project\((\w+)\)", text).group(1)
+    assert name == "PulmonaryEmbolism"
+    assert (MODULE.parent / f"{name}.json").is_file()
+    assert (MODULE / f"{name}.py").is_file()
+
+
+def test_a_repository_without_slicer_in_its_name_asks_for_the_exception():
+    repository = entry()["scm_url"].rsplit("/", 1)[1].lower()
+    assert "slicer" in repository or "exception" in (MODULE.parent / "README.md").read_text("utf-8")
+
+
+def test_the_extension_has_its_metadata_and_its_pictures_exist():
+    _, extension = cmake()
+    assert {"HOMEPAGE", "CATEGORY", "CONTRIBUTORS", "DESCRIPTION", "ICONURL", "SCREENSHOTURLS", "DEPENDS"} <= {
+        *extension
+    }
+    assert extension["CATEGORY"] == entry()["category"]
+    for address in [extension["ICONURL"], *extension["SCREENSHOTURLS"].split()]:
+        assert address.startswith("https://raw.githubusercontent.com/")
+        assert (ROOT / address.split("/main/")[1]).is_file(), address
     for picture in (MODULE.parent / "Screenshots").glob("*.png"):
-        assert picture.stat().st_size < 150_000, picture.name
+        assert picture.stat().st_size < 200_000, picture.name
+
+
+def test_the_homepage_says_licence_citation_modules_tutorial_and_what_is_sent():
+    text = (MODULE.parent / "README.md").read_text("utf-8")
+    assert "Apache" in (ROOT / "LICENSE").read_text()
+    for heading in ("## Tutorial", "## What is sent where", "## Licence and citation", "## Install"):
+        assert heading in text
+    assert "![" in text

@@ -710,6 +710,7 @@ def test_an_exception_in_what_follows_a_job_is_shown_and_other_answers_arrive(de
     desk.ui.detectButton.click()
     desk.wait(lambda: desk.ui.errorLabel.visible)
     desk.idle()
+    monkeypatch.undo()
     assert desk.ui.detectButton.enabled
 
 
@@ -762,8 +763,9 @@ def test_sections_wider_than_the_panel_can_be_scrolled_to(desk):
     desk.app.settle(30)
     bar = desk.ui.scrollArea.horizontalScrollBar()
     missing = desk.ui.sections.minimumSizeHint().width() - desk.ui.scrollArea.viewport().width
+    reach = bar.maximum
     desk.app.window.resize(470, 900)
-    assert bar.maximum >= missing
+    assert reach >= missing > 0
 
 
 def test_two_thousand_studies_are_sorted_filtered_and_refreshed_by_touching_what_changed(desk):

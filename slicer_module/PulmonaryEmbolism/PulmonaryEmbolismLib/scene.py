@@ -285,7 +285,9 @@ def _keep_out_of_files(node) -> None:
 
 def _remove(scene, node) -> None:
     """A node with its displays and its storage, which Slicer would leave behind."""
-    storage = node.GetStorageNode() if hasattr(node, "GetStorageNode") else None
+    storage = node.GetStorageNode()
+    if node.IsA("vtkMRMLVolumeNode"):
+        node.SetAndObserveImageData(None)  # what the views drew last would hold it
     for held in (*_displays(node), storage, node):
         if held is not None:
             scene.RemoveNode(held)
