@@ -231,20 +231,22 @@ def test_many_threads_may_use_one_client(client):
 def test_jobs_deliver_on_the_thread_that_polls_and_drop_what_nobody_waits_for():
     from PulmonaryEmbolismLib.jobs import Cancelled, Runner
 
-    runner, heard = Runner(), []
+    heard, succeeded, broken = [], [], []
+    runner = Runner(lambda job: succeeded.append(job.group), broken.append)
     here = threading.get_ident()
     gate = threading.Event()
     runner.submit(
         "a", "", lambda job: threading.get_ident(), lambda value: heard.append((value, threading.get_ident()))
     )
     runner.submit("late", "", lambda job: gate.wait(5), lambda value: heard.append("late"))
+    runner.submit("c", "", lambda job: 1, lambda value: [][1])
     runner.submit("a", "", lambda job: 1 / 0, None, lambda error: heard.append(type(error)))
     stopped = runner.submit("b", "", lambda job: gate.wait(5), None, lambda error: heard.append(error))
     runner.drop("late")
     runner.cancel(stopped)
     gate.set()
     end = time.monotonic() + 5
-    while len(heard) < 3 and time.monotonic() < end:
+    while (len(heard) < 3 or not broken) and time.monotonic() < end:
         runner.poll()
     time.sleep(0.05)
     runner.poll()
@@ -253,4 +255,6 @@ def test_jobs_deliver_on_the_thread_that_polls_and_drop_what_nobody_waits_for():
     there, delivered = next(pair for pair in heard if isinstance(pair, tuple))
     assert delivered == here != there
     assert "late" not in heard
+    assert sorted(succeeded) == ["a", "c"]
+    assert [type(error) for error in broken] == [IndexError]
     assert runner.jobs() == []
