@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS: dict[str, tuple[str, ...]] = {
-    "common": ("errors", "progress", "files", "tables", "worker_pool", "distributed", "memory", "device"),
+    "common": ("errors", "progress", "files", "tables", "worker_pool", "distributed", "memory", "device", "extras"),
     "ct": (
         "source_series",
         "volume",
@@ -40,6 +40,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
 
 READING_ORDER = tuple((room, *module) for room, modules in ROOMS.items() for module in [(), *((m,) for m in modules)])
 """A room's own ``__init__`` stands before its modules."""
+
+APP = ROOT / "apps" / "pulmonary_embolism"
+APP_ORDER = (
+    *("compat", "store.checks", "store.history", "store.index", "store.images", "store.labels", "store.studies"),
+    *("store.archive", "store.models"),
+    *("server.limits", "server.access", "server.audit", "server.permissions", "server.middleware", "server.listen"),
+    *("tasks.detection", "tasks.worklist", "tasks.training_process", "tasks.training_queue", "app"),
+    *("server.routes", "server.serving", "main"),
+    *("cli.folder", "cli.annotations", "cli.labels", "cli.models", "cli.tokens", "cli.serve"),
+)
+"""Modules of ``pe_monailabel`` in reading order."""
 
 
 def imported_by(path: Path) -> set[str]:
@@ -95,6 +106,31 @@ def test_a_module_imports_only_from_those_above_it(path):
 def test_the_method_knows_neither_monai_label_nor_slicer(path):
     known = {name.partition(".")[0] for name in imported_by(path)}
     assert not known & {"monailabel", "slicer", "qt", "ctk", "vtk"}
+
+
+def app_files() -> list[Path]:
+    return [path for path in sorted(APP.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def app_module(path: Path) -> str:
+    return ".".join(path.relative_to(APP).with_suffix("").parts)
+
+
+def test_the_reading_order_names_every_module_of_the_app():
+    assert {app_module(path) for path in app_files()} == set(APP_ORDER)
+
+
+@pytest.mark.parametrize("path", app_files(), ids=app_module)
+def test_a_module_of_the_app_imports_by_its_full_name_and_only_from_those_above_it(path):
+    own = APP_ORDER.index(app_module(path))
+    imported = {name.removeprefix("pe_monailabel.") for name in imported_by(path)} & set(APP_ORDER)
+    assert imported <= set(APP_ORDER[:own])
+    assert "sys.path" not in path.read_text(encoding="utf-8")
+
+
+def test_the_method_does_not_know_the_app():
+    for path in (ROOT / "pe_app").rglob("*.py"):
+        assert not {name for name in imported_by(path) if name.split(".")[0] in ("pe_monailabel", "lib")}
 
 
 def test_only_the_app_imports_monai_label():

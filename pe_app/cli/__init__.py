@@ -17,23 +17,13 @@ import typer
 import pe_app
 from pe_app.cli.bench import bench
 from pe_app.cli.cohort import calibrate, compare, evaluate, label_reports, phantom
+from pe_app.cli.demo import demo
 from pe_app.cli.detecting import detect
 from pe_app.cli.encoding import encode
 from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
-from pe_app.cli.reading import demo, serve
+from pe_app.cli.others import VerbsOfOthers
 from pe_app.cli.results import export_bundle, export_seg, import_seg
-from pe_app.cli.store import (
-    add_model,
-    list_labels,
-    list_models,
-    pin_model,
-    restore_label,
-    rollback_model,
-    show_label,
-    unpin_model,
-)
-from pe_app.cli.tokens import add, list_, revoke
 from pe_app.cli.train import classifier, encoder, end_to_end
 from pe_app.cli.watching import watch
 from pe_app.common.errors import InputError
@@ -41,14 +31,12 @@ from pe_app.common.memory import keep_freed_memory
 
 app = typer.Typer(
     name="pe-app",
+    cls=VerbsOfOthers,
     help="Finding pulmonary embolism on chest CT with few annotations. Research use only, not for diagnosis.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-labels_app = typer.Typer(no_args_is_help=True, help="Every version of the labels of a folder that is served.")
-models_app = typer.Typer(no_args_is_help=True, help="The models that were published in a folder that is served.")
-tokens_app = typer.Typer(no_args_is_help=True, help="Who may use a server that asks for tokens.")
 train_app = typer.Typer(no_args_is_help=True, help="Train stage I (encoder) or stage II (classifier).")
 
 app.command()(detect)
@@ -64,21 +52,6 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(calibrate)
 app.command()(watch)
-app.command()(serve)
-labels_app.command("list")(list_labels)
-labels_app.command("show")(show_label)
-labels_app.command("restore")(restore_label)
-app.add_typer(labels_app, name="labels")
-models_app.command("list")(list_models)
-models_app.command("add")(add_model)
-models_app.command("pin")(pin_model)
-models_app.command("unpin")(unpin_model)
-models_app.command("rollback")(rollback_model)
-app.add_typer(models_app, name="models")
-tokens_app.command("add")(add)
-tokens_app.command("list")(list_)
-tokens_app.command("revoke")(revoke)
-app.add_typer(tokens_app, name="tokens")
 app.command()(import_seg)
 app.command()(export_seg)
 app.command()(export_bundle)

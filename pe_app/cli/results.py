@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pe_app.cli.options import ArchiveUser, CaFile, Model, PasswordFile, archive_access, progress_bars
+from pe_app.cli.others import served_annotations
 from pe_app.common.errors import InputError
 
 if TYPE_CHECKING:
-    from pe_app.annotation.sparse import SparseAnnotation
-    from pe_app.ct.volume import Volume
     from pe_app.pacs.dicomweb import Access
     from pe_app.results.batch import Finished
-    from pe_app.studies import Study
 
 Dicom = Annotated[bool, typer.Option("--dicom", help="Also write DICOM objects, for a PACS, into the folder dicom.")]
 Send = Annotated[str, typer.Option("--send", metavar="URL", help="Send the objects to this DICOMweb archive, too; what "
@@ -59,50 +56,10 @@ def import_seg(
                    f"{imported.place}")  # fmt: skip
 
     slices = parse_reviewed(reviewed)
-    served = _ServedAnnotations(studies) if (studies / ".pe" / "history").is_dir() else None
+    served = served_annotations(studies) if (studies / ".pe" / "history").is_dir() else None
     problems = import_segmentations(files, studies, slices, segment, reader, served, tell)
     if problems:
         raise InputError("\n".join(f"left out: {problem}" for problem in problems))
-
-
-class _ServedAnnotations:
-    """The annotations of a folder that is or was served: new versions in its history, which Slicer's readers see."""
-
-    def __init__(self, studies: Path) -> None:
-        from pe_app.cli.store import open_store
-
-        self._store = open_store(studies)
-        self._based_on: dict[str, str | None] = {}
-
-    def current(self, study: Study, volume: Volume) -> SparseAnnotation | None:
-        name = _served_name(study)
-        if name not in self._store.list_images():
-            raise InputError(f"study {study.study}: its CT {study.path.name} is not among the served ones")
-        self._based_on[name] = self._store.review_state(name).revision
-        annotation: SparseAnnotation | None = self._store.annotation(name)
-        return annotation
-
-    def save(self, study: Study, annotation: SparseAnnotation, volume: Volume) -> str:
-        from pe_app.cli.store import CLIENT
-
-        name = _served_name(study)
-        said = {
-            "annotation": annotation.to_json(),
-            "based_on": self._based_on[name],
-            "reader": next((one.reader for one in annotation.slices), ""),
-            "client": CLIENT,
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "annotation.json"
-            annotation.write(path, volume)
-            saved = self._store.save(name, path.with_suffix(".seg.nrrd"), "draft", said)
-        return f"{saved['tag']} {saved['revision']} in the history of the served folder"
-
-
-def _served_name(study: Study) -> str:
-    """What the server calls a listed study: its file without the ending."""
-    name = study.path.name
-    return next((name.removesuffix(ending) for ending in (".nii.gz", ".nii", ".nrrd") if name.endswith(ending)), name)
 
 
 def export_seg(

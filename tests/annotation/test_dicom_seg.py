@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from pe_app.annotation.dicom_seg import import_segmentations, merged, parse_reviewed
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.cli import app
-from pe_app.cli.store import open_store
 from pe_app.common.errors import InputError
 from pe_app.ct.source_series import source_path, write_source
 from pe_app.ct.volume_io import read_volume, write_volume
 from pe_app.studies import Study, read_studies, write_studies
+from pe_monailabel.cli.folder import open_store
 
 MARKED_SLICES = [5, 6, 7, 8]
 

@@ -174,7 +174,7 @@ def test_a_safe_door_is_let_stand(door, host, given):
 
 
 def test_serve_tells_an_unsafe_door_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("pe_app.cli.reading.DEFAULT_FILE", tmp_path / "tokens.json")
+    monkeypatch.setattr("pe_monailabel.cli.serve.DEFAULT_FILE", tmp_path / "tokens.json")
     done = pe_app("serve", tmp_path, "--host", "0.0.0.0")
     assert isinstance(done.exception, InputError)
     assert "pe-app tokens add" in str(done.exception)

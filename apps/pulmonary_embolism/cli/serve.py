@@ -1,4 +1,4 @@
-"""Verbs for readers: serve, demo."""
+"""The verb serve."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pe_app.cli.options import (
     Patient,
     archive_access,
     archive_query,
-    progress_bars,
 )
-from pe_app.cli.tokens import DEFAULT_FILE
+from pe_app.common.extras import require_extra
+from pe_monailabel.cli.tokens import DEFAULT_FILE
 
 
 def serve(
@@ -53,6 +53,7 @@ def serve(
     description: Description = "",
 ) -> None:  # fmt: skip
     """The MONAI Label server for Slicer: detections, sparse annotations, active learning, training."""
+    require_extra("server")
     from pe_monailabel.server.listen import Door
     from pe_monailabel.server.middleware import is_loopback
 
@@ -73,17 +74,3 @@ def serve(
     archive = ArchiveSettings(access, archive_query(patient, date, description), cache_gb)
     folder = cache or Path(f"{urlsplit(studies).hostname}-studies")
     serve_studies(folder, host, port, model, door, 60 * detection_minutes, archive)
-
-
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the two studies and their pages.")] = Path("demo"),
-    model: Model = None,
-) -> None:
-    """Two phantom studies, the real server, both detections with their pages."""
-    from pe_app.research.demo import run_demo, summary
-
-    with progress_bars() as progress:
-        studies = run_demo(out, model, progress)
-    for study in studies:
-        typer.echo("\n".join(summary(study)))
-    typer.echo(f"Open {out / 'index.html'}. Simulated studies; research use only, not for diagnosis.")
