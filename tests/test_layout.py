@@ -7,7 +7,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS: dict[str, tuple[str, ...]] = {
-    "common": ("errors", "progress", "files", "tables", "worker_pool", "distributed", "memory", "device", "extras"),
+    "common": (
+        "errors",
+        "progress",
+        "files",
+        "tables",
+        "schema",
+        "worker_pool",
+        "distributed",
+        "memory",
+        "device",
+        "extras",
+    ),
     "ct": (
         "source_series",
         "volume",
@@ -29,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "bundle",
     ),
     "annotation": ("record", "seg_nrrd", "sparse", "dicom_seg", "review"),
-    "results": ("result_files", "worklist", "batch", "arrivals", "dicom"),
+    "results": ("result_files", "worklist", "published_schemas", "batch", "arrivals", "dicom"),
     "evaluation": ("roc", "localisation", "study_localisation", "predictions", "evaluate", "pictures", "report"),
     "training": ("datasets", "run", "loop", "stages", "fine_tuning", "calibration"),
     "phantom": ("anatomy", "vessels", "raster", "emboli", "scan", "painting", "studies"),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict
 
 from pe_app.common.errors import InputError
+from pe_app.common.schema import Schema
 
 State = Literal["embolism", "none", "uncertain"]
 """What a reader saw on a slice. There is no word for "not looked at": such a slice is not listed."""
@@ -25,7 +25,6 @@ DecisionKind = Literal["accepted", "rejected", "corrected", "undecided"]
 
 ReadingKind = Literal["open", "independent", "consensus"]
 
-SCHEMA = "pe-annotation/2"
 LONGEST_READER = 64
 LONGEST_NOTE = 4000
 
@@ -39,15 +38,6 @@ Flag = Annotated[bool, Strict()]
 Sha256 = Annotated[str, Strict(), Field(pattern=r"^[0-9a-f]{64}$")]
 
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
-_SCHEMAS_READ = re.compile(r"pe-annotation/[12](\.[0-9]{1,4})?")
-_WORDS = {
-    "missing": "is missing",
-    "dataclass_type": "must be a JSON object",
-    "list_type": "must be a list",
-    "tuple_type": "must be a list",
-}
-
-Noun = TypeVar("Noun")
 
 
 @dataclass(frozen=True)
@@ -207,23 +197,14 @@ class AnnotationRecord:
         Raises:
             InputError: naming the first value that is not as it must be.
         """
-        if not isinstance(payload, dict):
-            raise InputError(f"annotation: must be a JSON object, got {reprlib.repr(payload)}")
-        schema = payload.get("schema")
-        if not isinstance(schema, str) or not _SCHEMAS_READ.fullmatch(schema):
-            found = reprlib.repr(schema)
-            raise InputError(f"annotation: unknown schema {found}, expected {SCHEMA!r}; update the older program")
-        try:
-            return _RECORD.validate_python(payload)
-        except ValidationError as error:
-            raise InputError(f"annotation: {_sentence(error)}") from None
+        return ANNOTATION.read(payload)
 
     def to_json(self) -> dict[str, object]:
         """As plain JSON; what a reader did not use (notes, decisions, ...) is left out."""
-        return {"schema": SCHEMA, **_json_fields(self)}
+        return {"schema": str(ANNOTATION), **_json_fields(self)}
 
 
-_RECORD = TypeAdapter(AnnotationRecord)
+ANNOTATION = Schema(AnnotationRecord, "pe-annotation", 2, oldest=1)
 
 
 def _json_fields(noun: object) -> dict[str, object]:
@@ -241,28 +222,6 @@ def _json_value(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_json_value(entry) for entry in value]
     return _json_fields(value) if hasattr(value, "__dataclass_fields__") else value
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first thing that is wrong: where, what, and the value."""
-    first = error.errors(include_url=False)[0]
-    where = _where(first["loc"])
-    if first["type"] == "value_error":
-        return ": ".join(filter(None, (where, str(first["ctx"]["error"]))))
-    says = _WORDS.get(first["type"]) or re.sub(r"^\w+ should", "must", first["msg"])
-    got = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
-    return f"{where} {says}{got}"
-
-
-def _where(steps: Sequence[int | str]) -> str:
-    """``("slices", 1, "z_mm")`` -> ``entry 2 of slices: z_mm``."""
-    place = ""
-    for step in steps:
-        if isinstance(step, int):
-            place = f"entry {step + 1} of {place}"
-        else:
-            place += (": " if place.startswith("entry") else "." if place else "") + step
-    return place
 
 
 def _check_reader(reader: str, where: str) -> None:

@@ -30,6 +30,7 @@ from pe_app.annotation.record import (
 from pe_app.annotation.seg_nrrd import Segment, on_grid, read_segment, write_segment
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
+from pe_app.common.schema import json_text
 from pe_app.ct.lungs import SliceRange, lung_range
 from pe_app.ct.volume import Volume
 
@@ -229,7 +230,7 @@ class SparseAnnotation:
             voxels[index] = mask
         write_segment(volume.with_voxels(voxels), segmentation_path(path), {TAG: _tag(self.to_json())})
         payload = self._record(_masks_sha256(self.masks)).to_json()
-        write_durably(path, json.dumps(payload, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        write_durably(path, json_text(payload, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path, volume: Volume | None = None) -> SparseAnnotation:

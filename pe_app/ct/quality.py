@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from scipy import ndimage
 
 from pe_app.common.errors import InputError
+from pe_app.common.schema import read_as
 from pe_app.ct.lungs import LUNG_AREA_MM2, Lungs, find_lungs
 from pe_app.ct.source_series import SourceSeries, unlike_ct
 from pe_app.ct.volume import Volume
@@ -143,7 +144,7 @@ def read_limits(path: Path | None = None, accept: Sequence[str] = (), refuse: Se
             known = {field.name for field in dataclasses.fields(QualityLimits)}
             if not isinstance(settings, dict) or not settings.keys() <= known:
                 raise ValueError(f"expected an object with some of {', '.join(sorted(known))}")
-            limits = TypeAdapter(QualityLimits).validate_python(settings)
+            limits = read_as(TypeAdapter(QualityLimits), settings)
         except InputError:
             raise
         except (OSError, ValueError) as error:

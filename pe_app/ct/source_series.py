@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter
 from pydicom import Dataset
 from pydicom.sequence import Sequence as Items
 
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
+from pe_app.common.schema import Schema, json_text
 
-SCHEMA = "pe-source/1"
 FOLDER = Path(".pe", "sources")
 """Where the sources of a folder of studies lie; the server does not list what begins with a dot."""
 
@@ -171,6 +170,9 @@ class SourceSeries:
         return dataset
 
 
+SOURCE = Schema(SourceSeries, "pe-source", 1)
+
+
 def source_path(ct: Path) -> Path:
     """Where the record of a CT file's source series lies: in ``.pe/sources`` of its folder of studies."""
     folder = ct.parent.parent if ct.parent.name == "volumes" else ct.parent
@@ -182,7 +184,7 @@ def source_path(ct: Path) -> Path:
 
 def write_source(source: SourceSeries, path: Path) -> None:
     """Store a record, all or nothing."""
-    write_durably(path, json.dumps({"schema": SCHEMA, **asdict(source)}))
+    write_durably(path, json_text({"schema": str(SOURCE), **asdict(source)}))  # positions to the last digit
 
 
 def read_source(path: Path) -> SourceSeries | None:
@@ -192,10 +194,7 @@ def read_source(path: Path) -> SourceSeries | None:
         InputError: if it is damaged or something else.
     """
     try:
-        payload = json.loads(path.read_bytes())
-        if not isinstance(payload, dict) or payload.pop("schema", None) != SCHEMA:
-            raise ValueError(f"its schema is not {SCHEMA}")
-        return TypeAdapter(SourceSeries).validate_python(payload)
+        return SOURCE.read(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -6,20 +6,18 @@ which lack sizes, places and the extent estimate, are still read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from pe_app.common.schema import Schema
 from pe_app.ct.quality import Reason
 from pe_app.ct.volume import Volume
 
-SCHEMA = "pe-detection/2"
-SCHEMAS_READ = (SCHEMA, "pe-detection/1")
 NOTICE = "Research use only, not for diagnosis."
 
 NOT_CLINICAL = {"untrained_model": "Untrained model", "demo_model": "Demonstration model"}
@@ -40,7 +38,6 @@ Level = Literal["central", "peripheral"]
 
 Point = tuple[float, float, float]
 Floats = NDArray[np.float32] | NDArray[np.float64]
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -174,6 +171,11 @@ class Detection:
         return None if self.probability is None else self.probability >= self.threshold
 
     @property
+    def notice(self) -> str:
+        """What stands on everything that leaves the program."""
+        return NOTICE
+
+    @property
     def not_clinical(self) -> str:
         """``Demonstration model`` or ``Untrained model``, whose numbers are not a clinical result; else empty."""
         return next((NOT_CLINICAL[reason.code] for reason in self.reasons if reason.code in NOT_CLINICAL), "")
@@ -189,32 +191,21 @@ class Detection:
         Raises:
             ValueError: if a number is not finite; a result with such a number must not leave the method.
         """
-        payload: dict[str, object] = {"schema": SCHEMA, "notice": NOTICE, **asdict(self), "positive": self.positive}
-        return _plain(payload)  # type: ignore[return-value]
+        return DETECTION.write(self)
 
     @classmethod
-    def from_json(cls, payload: Mapping[str, object]) -> Detection:
+    def from_json(cls, payload: object) -> Detection:
         """The detection that ``to_json`` wrote, now or with schema 1.
 
         Raises:
-            ValueError: if the payload has another schema or lacks a field.
+            InputError: naming the first value that is not as it must be, or a schema that is not known.
         """
-        schema = payload.get("schema")
-        if schema not in SCHEMAS_READ:
-            raise ValueError(f"expected a detection of schema {' or '.join(SCHEMAS_READ)}, got {schema!r}")
-        try:
-            complete = payload if schema == SCHEMA else {"extent_estimate": None, **payload}
-            read: dict[str, object] = {name: complete[name] for name in cls.__dataclass_fields__}
-            read["reasons"] = tuple(_made(Reason, entry) for entry in _entries(payload, "reasons"))
-            read["evidence"] = tuple(_made(Evidence, entry) for entry in _entries(payload, "evidence"))
-            read["candidates"] = tuple(_made(Candidate, entry) for entry in _entries(payload, "candidates"))
-            read["image"] = _made(ImageIdentity, payload["image"])
-            read["model"] = _made(ModelIdentity, payload["model"])
-            extent = read["extent_estimate"]
-            read["extent_estimate"] = None if extent is None else _made(ExtentEstimate, extent)
-            return cls(**read)  # type: ignore[arg-type]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a complete detection of schema {schema}: {error}") from error
+        return DETECTION.read(payload)
+
+
+DETECTION = Schema(
+    Detection, "pe-detection", 2, oldest=1, derived={"notice": "string", "positive": ["boolean", "null"]}
+)
 
 
 def find_candidates(
@@ -290,33 +281,3 @@ def estimate_extent(
 def _point(values: Floats) -> Point:
     x, y, z = (float(value) for value in values)
     return x, y, z
-
-
-def _plain(value: object) -> object:
-    """Numbers as Python's own, rounded to what they mean, and finite; tuples as lists."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    number = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(number):
-        raise ValueError(f"a detection holds a number that is not finite: {number}")
-    return float(f"{number:.6g}")
-
-
-def _entries(payload: Mapping[str, object], name: str) -> list[object]:
-    entries = payload[name]
-    if not isinstance(entries, list):
-        raise TypeError(f"{name} must be a list")
-    return entries
-
-
-def _made(kind: type[Made], entry: object) -> Made:
-    """A JSON object as one of our nouns, its lists (points, sizes) as tuples again."""
-    if not isinstance(entry, dict):
-        raise TypeError(f"expected an object for {kind.__name__}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})

@@ -20,6 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import pe_app
@@ -27,6 +28,7 @@ from pe_app.common.device import Precision, autocast, best_device
 from pe_app.common.errors import InputError, UnfitStudy
 from pe_app.common.files import write_durably
 from pe_app.common.progress import Progress, ProgressCallback, silent
+from pe_app.common.schema import read_as
 from pe_app.ct.lungs import find_lungs, lung_range
 from pe_app.ct.quality import QualityLimits, Reason, check_study, judged
 from pe_app.ct.slabs import SlabConfig, Slabs, study_slabs
@@ -90,14 +92,16 @@ class TrainingRecord:
     terms: tuple[str, ...] = ()
 
     @classmethod
-    def from_json(cls, payload: Mapping[str, object]) -> TrainingRecord:
-        """The record that ``asdict`` and JSON made, now or before patients were kept."""
-        images, patients = payload.get("image_sha256"), payload.get("patient_sha256", [])
-        terms = payload.get("terms", [])
-        if not isinstance(images, list) or not isinstance(patients, list) or not isinstance(terms, list):
-            raise TypeError("image_sha256, patient_sha256 and terms must be lists")
-        known = {**payload, "image_sha256": tuple(images), "patient_sha256": tuple(patients), "terms": tuple(terms)}
-        return cls(**known)  # type: ignore[arg-type]
+    def from_json(cls, payload: object) -> TrainingRecord:
+        """The record that ``asdict`` and JSON made, now or before patients were kept.
+
+        Raises:
+            InputError: naming the first value that is not as it must be.
+        """
+        return read_as(_TRAINING_RECORD, payload)
+
+
+_TRAINING_RECORD = TypeAdapter(TrainingRecord)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,11 @@ import pydicom
 from pe_app.common.errors import InputError, UnfitStudy
 from pe_app.common.files import append_durably, write_durably
 from pe_app.common.progress import Cancelled, Progress, ProgressCallback, silent
+from pe_app.common.schema import json_text
 from pe_app.ct.dicom_headers import is_dicom
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import SUFFIXES, read_volume
-from pe_app.model.detection import SCHEMA
+from pe_app.model.detection import DETECTION
 from pe_app.model.detector import DetectionResult, Detector
 from pe_app.results.result_files import strongest_slices, write_result
 from pe_app.results.worklist import Outcome as Outcome
@@ -394,7 +395,7 @@ class _Batch:
     def _settings(self, study: BatchStudy) -> str:
         """What a result depends on beside the voxels."""
         values = {
-            "schema": SCHEMA,
+            "schema": str(DETECTION),
             "model": self.detector.sha256,
             "limits": asdict(self.detector.limits),
             "series": study.series,
@@ -470,7 +471,7 @@ class _Kept:
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome; it is on disk when this returns."""
-        append_durably(self._lines, json.dumps(outcome.to_json(), allow_nan=False).encode() + b"\n")
+        append_durably(self._lines, json_text(outcome.to_json()).encode() + b"\n")
         append_durably(self._table, _csv_lines([_cells(outcome)]))
         self._superseded |= outcome.study in self._outcomes
         self._outcomes = {**self._outcomes, outcome.study: outcome}  # the reading thread looks at it meanwhile
@@ -478,7 +479,7 @@ class _Kept:
     def tidy(self) -> None:
         """One line a study in both files."""
         if self._superseded:
-            lines = [json.dumps(outcome.to_json(), allow_nan=False) + "\n" for outcome in self._outcomes.values()]
+            lines = [json_text(outcome.to_json()) + "\n" for outcome in self._outcomes.values()]
             write_durably(self._lines, "".join(lines))
             write_durably(self._table, _csv_lines([COLUMNS, *map(_cells, self._outcomes.values())]))
             self._superseded = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from pe_app.common.files import write_durably
+from pe_app.common.schema import json_text
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import resample_like, write_volume
 from pe_app.model.detection import NOTICE, Detection
@@ -67,7 +67,7 @@ def write_result(
         write_durably(folder / "review.png", picture)
         write_durably(folder / THUMBNAILS, thumbnails(result, volume))
     write_durably(folder / "index.html", review_page(result.detection, picture, name))
-    write_durably(folder / "detection.json", json.dumps(result.detection.to_json(), indent=1))
+    write_durably(folder / "detection.json", json_text(result.detection.to_json(), indent=1))
 
 
 def review_picture(result: DetectionResult, volume: Volume, name: str) -> bytes:

@@ -10,16 +10,15 @@ import base64
 import hashlib
 import html
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from pe_app.model.detection import NOT_CLINICAL, NOTICE, Detection
+from pe_app.common.schema import Schema
+from pe_app.model.detection import DETECTION, NOT_CLINICAL, NOTICE, Detection
 from pe_app.results.result_files import THUMBNAILS
-
-SCHEMA = "pe-result/1"
 
 Status = Literal["analysed", "refused", "failed"]
 
@@ -73,32 +72,19 @@ class Outcome:
 
     def to_json(self) -> dict[str, object]:
         """The line as plain JSON, schema ``pe-result/1``; ``known`` is of a run and left out."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "known"}
-        return {
-            "schema": SCHEMA,
-            **values,
-            "pictured": list(self.pictured),
-            "detection": self.detection.to_json() if self.detection else None,
-        }
+        return RESULT.write(self)
 
     @classmethod
-    def from_json(cls, payload: Mapping[str, object]) -> Outcome:
+    def from_json(cls, payload: object) -> Outcome:
         """The outcome that ``to_json`` wrote.
 
         Raises:
-            ValueError: if the payload has another schema or its detection cannot be read.
+            InputError: naming the first value that is not as it must be, or a schema that is not known.
         """
-        detection, pictured = payload.get("detection"), payload.get("pictured")
-        fits = isinstance(detection, (dict, type(None))) and isinstance(pictured, list)
-        if payload.get("schema") != SCHEMA or not fits:
-            raise ValueError(f"expected a result of schema {SCHEMA}, got {payload.get('schema')!r}")
-        values = {name: value for name, value in payload.items() if name != "schema"}
-        values["detection"] = Detection.from_json(detection) if isinstance(detection, dict) else None
-        values["pictured"] = tuple(pictured) if isinstance(pictured, list) else ()
-        try:
-            return cls(**values)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise ValueError(f"not a complete result of schema {SCHEMA}: {error}") from error
+        return RESULT.read(payload)
+
+
+RESULT = Schema(Outcome, "pe-result", 1, left_out=("known",), nested={"detection": DETECTION})  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True)

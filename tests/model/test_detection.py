@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pe_app.common.errors import InputError
 from pe_app.ct.quality import Reason
 from pe_app.ct.volume import Volume, axial_affine
 from pe_app.model.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
@@ -91,10 +92,37 @@ def test_a_file_of_schema_1_is_still_read_without_sizes_places_and_extent():
     assert old.probability == 0.73
 
 
-@pytest.mark.parametrize("broken", [{}, {"schema": "pe-detection/3"}, {"schema": "pe-detection/2"}])
+@pytest.mark.parametrize("broken", [{}, {"schema": "pe-detection/3"}, {"schema": "pe-annotation/2"}])
 def test_another_schema_is_refused(broken):
-    with pytest.raises(ValueError, match="pe-detection/2"):
+    with pytest.raises(InputError, match="pe-detection/2"):
         Detection.from_json(broken)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("status",), "banana", "detection: status must be 'analysed' or 'refused', got 'banana'"),
+        (("probability",), "high", "probability must be a valid number, got 'high'"),
+        (("evidence", 1, "z_mm"), "nowhere", "entry 2 of evidence: z_mm must be a valid number, got 'nowhere'"),
+        (("reasons", 0, "refuses"), "no", "entry 1 of reasons: refuses must be a valid boolean, got 'no'"),
+        (("image", "size"), [40, 64], "entry 3 of image.size is missing"),
+        (("evidence", 0, "peak_lps_mm"), [1, 2, float("inf")], "entry 3 of entry 1 of evidence: peak_lps_mm must be a"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place(place, value, message):
+    payload = example().to_json()
+    *way, last = place
+    part = payload
+    for step in way:
+        part = part[step]
+    part[last] = value
+    with pytest.raises(InputError, match=message):
+        Detection.from_json(payload)
+
+
+def test_what_a_newer_minor_version_adds_is_ignored():
+    payload = {**example().to_json(), "schema": "pe-detection/2.3", "burden_ml": 3}
+    assert Detection.from_json(payload) == example()
 
 
 def test_two_apart_regions_are_two_candidates_ranked_by_peak_times_slab_probability():

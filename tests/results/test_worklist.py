@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pe_app.common.errors import InputError
 from pe_app.ct.quality import Reason
 from pe_app.model.detection import Candidate, Detection, Evidence, ExtentEstimate, ImageIdentity, ModelIdentity
 from pe_app.results.worklist import Outcome, Share, by_probability, worklist_page
@@ -170,9 +171,17 @@ def test_an_outcome_survives_the_way_through_its_line():
         assert Outcome.from_json(json.loads(line)) == outcome
 
 
-@pytest.mark.parametrize("broken", [{}, {"schema": "pe-result/9"}, {"schema": "pe-result/1", "pictured": []}])
-def test_a_line_that_is_none_is_refused(broken):
-    with pytest.raises(ValueError, match="pe-result/1"):
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({}, "result: unknown schema None, expected 'pe-result/1'"),
+        ({"schema": "pe-result/9"}, "result: schema 'pe-result/9' is newer"),
+        ({"schema": "pe-result/1", "pictured": []}, "result: study is missing"),
+        ({**failed("f").to_json(), "detection": {"schema": "pe-detection/3"}}, "'pe-detection/3' is newer"),
+    ],
+)
+def test_a_line_that_is_none_is_refused(broken, message):
+    with pytest.raises(InputError, match=message):
         Outcome.from_json(broken)
 
 

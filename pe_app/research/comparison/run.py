@@ -6,18 +6,20 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from sklearn.metrics import roc_auc_score
 
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
 from pe_app.common.progress import Progress, ProgressCallback, silent
+from pe_app.common.schema import read_as
 from pe_app.ct.lungs import lung_range
 from pe_app.ct.slabs import SlabConfig, study_slabs
 from pe_app.ct.volume_io import read_volume
@@ -79,10 +81,12 @@ class Outcome:
     seconds: float
 
     @classmethod
-    def from_json(cls, payload: Mapping[str, object]) -> Outcome:
+    def from_json(cls, payload: object) -> Outcome:
         """The outcome that ``asdict`` and JSON made."""
-        read = {name: tuple(value) if isinstance(value, list) else value for name, value in payload.items()}
-        return cls(**read)  # type: ignore[arg-type]
+        return read_as(_OUTCOME, payload)
+
+
+_OUTCOME = TypeAdapter(Outcome)
 
 
 def compare(
