@@ -443,7 +443,7 @@ def _from_metadata(path: Path, metadata: Mapping[str, str]) -> Detector:
         settings = json.loads(metadata.get(METADATA, "{}"))
         found = settings.get("format")
         if found != FORMAT:
-            raise InputError(f"model {path}: format {found!r}, expected {FORMAT}: not a model of this program")
+            raise InputError(f"format {found!r}, expected {FORMAT}: not a model of this program")
         slabs, card = settings["slabs"], settings["card"]
         slabs["hu_window"] = tuple(slabs["hu_window"])
         for stage in ("encoder", "classifier"):
@@ -456,8 +456,6 @@ def _from_metadata(path: Path, metadata: Mapping[str, str]) -> Detector:
                 ModelCard(**card),
                 decision=Decision(**settings.get("decision", {})),
             )
-    except InputError:
-        raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"model {path}: its settings cannot be used ({error}): export it again") from error
 
