@@ -20,6 +20,9 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 Why = Literal["schedule", "suspicious"]
 
+Work = Literal["slices", "labels"]
+"""What a reader sits down to: reviewing the slices of a schedule, or giving a label to studies that have none."""
+
 
 @dataclass(frozen=True)
 class StudyState:
@@ -67,6 +70,8 @@ def rank_studies(
     rng: np.random.Generator,
     reader: str = "",
     threshold: float = 0.5,
+    *,
+    work: Work = "slices",
 ) -> tuple[StudyState, ...]:
     """The studies that a reader can go on with, the best next one first.
 
@@ -84,10 +89,13 @@ def rank_studies(
         rng: drawn from by ``random`` only.
         reader: who asks; the studies that this reader holds stay in.
         threshold: the probability from which a study counts as positive.
+        work: for ``labels``, studies that have a label already are left out, too.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; the strategies are {', '.join(STRATEGIES)}")
     pool = [state for state in states if state.usable and not state.complete and state.held_by in ("", reader)]
+    if work == "labels":
+        pool = [state for state in pool if not state.label]
     pool.sort(key=lambda state: state.study)
     if strategy == "random":
         return tuple(pool[place] for place in rng.permutation(len(pool)))

@@ -175,3 +175,11 @@ def test_slices_to_review_against_brute_force(schedule, slabs, reviewed, extra):
     for left in strongest.keys() - suspicious:
         for taken in suspicious:
             assert (strongest[taken], -taken) > (strongest[left], -left)
+
+
+def test_a_reader_of_labels_gets_studies_without_one_and_a_reader_of_slices_both():
+    states = [StudyState("a", label="positive", scheduled=3), StudyState("b", scheduled=3)]
+    for strategy in STRATEGIES:
+        ranked = rank_studies(strategy, states, RNG(0), work="labels")
+        assert [state.study for state in ranked] == ["b"]
+        assert len(rank_studies(strategy, states, RNG(0))) == 2

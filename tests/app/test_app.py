@@ -191,6 +191,24 @@ def test_former_versions_are_kept_on_disk(server, saves):
     assert reviewed == [1, 2, 3]
 
 
+def test_the_next_study_to_label_has_none_and_one_is_fetched_ahead_while_another_is_held(server):
+    wanted = {"reader": "lea", "work": "labels"}
+    first = server.json("POST", "/activelearning/next_unreviewed", json=wanted)["id"]
+    ahead = {**wanted, "skip": [first], "ahead": True}
+    second = server.json("POST", "/activelearning/next_unreviewed", json=ahead)["id"]
+    assert second != first
+    assert {row(server, study)["held_by"] for study in (first, second)} == {"lea"}
+    info = json.dumps({"pe_label": "uncertain", "reader": "lea"})
+    labelled = server.json("PUT", f"/datastore/image/info?image={first}", data={"info": info})
+    third = server.json("POST", "/activelearning/random", json={**wanted, "skip": [second]})["id"]
+    assert third not in (first, second)
+    back = json.dumps({"pe_label": "", "reader": "lea", "based_on": labelled["label_revision"]})
+    server.json("PUT", f"/datastore/image/info?image={first}", data={"info": back})
+    server.request("DELETE", f"/pe/studies/{third}/lease", json={"reader": "lea"})
+    refused = server.request("POST", "/activelearning/random", json={"reader": "lea", "work": "everything"})
+    assert refused.status_code == 422
+
+
 def test_two_readers_who_ask_at_once_get_different_studies(server):
     answers = {}
 
@@ -237,7 +255,7 @@ def test_params_that_are_no_annotation_are_kept_as_plain_label_info(server, phan
     assert saved["tag"] == "original"
     info = server.json("GET", "/datastore/label/info?label=zeta&tag=original")
     assert info["label_info"] == [{"name": "x"}]
-    assert row(server, "zeta")["state"] == "not_started"
+    assert row(server, "zeta")["state"] == "labelled"
 
 
 def test_a_plain_label_does_not_replace_a_sparse_annotation(server, saves, phantoms, tmp_path):
@@ -461,7 +479,7 @@ def test_an_annotation_of_another_study_is_refused(server, phantoms, tmp_path):
         files={"label": ("a.seg.nrrd", content)},
     )
     assert answer.status_code == 422
-    assert row(server, "zeta")["state"] == "not_started"
+    assert row(server, "zeta")["state"] == "labelled"
 
 
 def test_settings_that_cannot_be_used_start_no_training(server):

@@ -15,7 +15,7 @@ from pe_app.common.errors import InputError
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detector import Detector
 
-STUDIES = ("one", "two", "three", "four", "five")
+STUDIES = ("one", "two", "three", "four", "five", "six", "seven")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,46 @@ def test_a_removed_label_and_a_former_study_label_come_back(server, save):
     assert [entry["label"] for entry in said] == ["negative", "positive"]
     server.json("POST", f"/pe/studies/four/history/{said[1]['revision']}/restore")
     assert server.json("GET", "/pe/studies/four")["label"] == "positive"
+
+
+def put_label(server, study, label, reader, **more):
+    info = json.dumps({"pe_label": label, "reader": reader, **more})
+    return server.request("PUT", f"/datastore/image/info?image={study}", data={"info": info})
+
+
+def row(server, study):
+    return next(row for row in server.json("GET", "/pe/worklist")["studies"] if row["study"] == study)
+
+
+def test_a_study_label_has_a_reader_a_time_and_a_version_and_can_be_taken_back(server):
+    assert (row(server, "six")["state"], row(server, "six")["label_revision"]) == ("not_started", None)
+    first = put_label(server, "six", "positive", "ann", based_on=None).json()
+    assert (first["label"], first["label_reader"]) == ("positive", "ann")
+    found = row(server, "six")
+    assert (found["state"], found["label"], found["label_revision"]) == (
+        "labelled",
+        "positive",
+        first["label_revision"],
+    )
+    assert found["label_time"].startswith("20")
+    back = put_label(server, "six", "", "ann", based_on=first["label_revision"]).json()
+    assert (row(server, "six")["state"], row(server, "six")["label"]) == ("not_started", "")
+    assert back["label_revision"] != first["label_revision"]
+
+
+def test_a_label_given_over_another_readers_is_a_conflict_that_shows_it_and_the_same_sent_twice_is_not(server):
+    first = put_label(server, "seven", "negative", "bo", based_on=None)
+    assert put_label(server, "seven", "negative", "bo", based_on=None).json() == first.json()
+    refused = put_label(server, "seven", "positive", "ann", based_on=None)
+    assert refused.status_code == 409
+    assert refused.json()["label"] == {
+        "pe_label": "negative",
+        "label_reader": "bo",
+        "label_time": first.json()["label_time"],
+        "label_revision": first.json()["label_revision"],
+    }
+    agreed = put_label(server, "seven", "positive", "ann", based_on=first.json()["label_revision"])
+    assert agreed.json()["label"] == "positive"
 
 
 @pytest.mark.parametrize("revision", ["000001-00000000", "current", "..%2Fcurrent", "x" * 300, "%00"])

@@ -74,7 +74,8 @@ class FakeServer:
         known = self.studies[study]
         reviewed = {s["slice_index"] for s in (known["annotation"] or {}).get("slices", [])}
         done = sum(s["slice_index"] in reviewed for s in known["schedule"])
-        state = "complete" if done == len(known["schedule"]) else "in_progress" if reviewed else "not_started"
+        labelled = "labelled" if known["row"].get("label_revision") and known["row"]["label"] else "not_started"
+        state = "complete" if done == len(known["schedule"]) else "in_progress" if reviewed else labelled
         return {**known["row"], "state": state, "reviewed": done, "scheduled": len(known["schedule"]),
                 "revision": known["revision"]}  # fmt: skip
 
@@ -146,11 +147,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(200, info)
 
     def post_activelearning(self, _path):
+        wanted = json.loads(self.body)
+        reader = wanted["reader"]
         studies = [s for s in self.fake.studies if self.fake.row(s)["state"] != "complete"]
-        reader = json.loads(self.body)["reader"]
+        studies = [s for s in studies if s not in wanted.get("skip", ())]
+        if wanted.get("work") == "labels":
+            studies = [s for s in studies if not self.fake.studies[s]["row"]["label"]]
         free = [s for s in studies if self.fake.studies[s]["row"]["held_by"] in (None, reader)]
         if not free:
-            return self._json(404, {"detail": "every study is complete or held by another reader"})
+            return self._json(200, {})
         self.fake.studies[free[0]]["row"]["held_by"] = reader
         return self._json(200, {"id": free[0], "slices": []})
 
@@ -187,8 +192,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def put_datastore_image(self, _path):
         info = json.loads(self._parts()["info"])
-        self.fake.studies[self.query["image"]]["row"]["label"] = info["pe_label"]
-        self._json(200, {})
+        row = self.fake.studies[self.query["image"]]["row"]
+        if info.get("based_on") != row.get("label_revision"):
+            names = ("label_reader", "label_time", "label_revision")
+            known = {"pe_label": row["label"], **{name: row.get(name, "") for name in names}}
+            return self._json(409, {"detail": "labelled meanwhile", "label": known})
+        row.update(label=info["pe_label"], label_reader=info["reader"], label_revision=uuid.uuid4().hex[:8])
+        return self._json(200, {"label": row["label"], "label_revision": row["label_revision"]})
 
     def get_datastore_label(self, _path):
         self._send(200, self.fake.studies[self.query["label"]]["label"], "application/octet-stream")

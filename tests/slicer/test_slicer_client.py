@@ -13,7 +13,7 @@ from phantoms import CLOT_SLICE, SHAPE, add_chest, chest
 from PulmonaryEmbolismLib.answers import Detection
 from PulmonaryEmbolismLib.client import Client
 from PulmonaryEmbolismLib.images import read_image
-from PulmonaryEmbolismLib.transport import Conflict, ServerError, normalised_address
+from PulmonaryEmbolismLib.transport import Conflict, LabelConflict, ServerError, normalised_address
 
 
 def silent(text, done=0, total=0):
@@ -199,6 +199,15 @@ def test_a_save_over_another_version_is_a_conflict_that_carries_it(server, clien
         client.put_annotation("study 1", annotation, label, None, silent)
     assert caught.value.revision == saved.revision
     assert caught.value.annotation == annotation
+
+
+def test_a_label_over_another_readers_is_a_conflict_that_carries_it(server, client):
+    revision = client.put_study_label("study 1", "positive", None)
+    with pytest.raises(LabelConflict) as caught:
+        Client(server.address, reader="Bo").put_study_label("study 1", "negative", None)
+    assert (caught.value.label, caught.value.reader, caught.value.revision) == ("positive", "Ada", revision)
+    client.put_study_label("study 1", "", revision)
+    assert client.study("study 1").row.label == ""
 
 
 def test_a_server_killed_in_mid_upload_is_an_error_worth_retrying(server, client, tmp_path):

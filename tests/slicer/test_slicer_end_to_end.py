@@ -17,7 +17,7 @@ from phantoms import CLOT_SLICE, SHAPE, chest, chest_files, write_nifti
 from PulmonaryEmbolismLib import images, review
 from PulmonaryEmbolismLib.client import Client
 from PulmonaryEmbolismLib.drafts import read_masks, send
-from PulmonaryEmbolismLib.transport import Conflict, ServerError
+from PulmonaryEmbolismLib.transport import Conflict, LabelConflict, ServerError
 
 ROOT = Path(__file__).parents[2]
 SERVE = """
@@ -111,8 +111,9 @@ def test_a_review_goes_from_draft_to_final_and_comes_back_voxel_for_voxel(client
     first = next(k for k in session.open_slices)
     session.mark(first, "uncertain")
     draft = session.queue()
-    saved = send(client, draft, tmp_path / "out", silent)
-    session.acknowledge(draft, saved)
+    sent = send(client, draft, tmp_path / "out", silent)
+    session.acknowledge(draft, sent)
+    saved = sent.saved
     assert (saved.tag, saved.accepted) == ("draft", 2)
     assert list(saved.open_slices) == session.open_slices
 
@@ -120,13 +121,16 @@ def test_a_review_goes_from_draft_to_final_and_comes_back_voxel_for_voxel(client
         session.mark(k, "none")
     session.set_label("positive")
     draft = session.queue()
-    saved = send(client, draft, tmp_path / "out", silent)
-    session.acknowledge(draft, saved)
+    sent = send(client, draft, tmp_path / "out", silent)
+    session.acknowledge(draft, sent)
+    saved = sent.saved
     assert saved.tag == "final"
     assert not session.unsent
 
     known, _image, again = open_study(client, "study-1", tmp_path)
-    assert known.row.label == "positive"
+    assert (known.row.label, known.row.label_reader) == ("positive", "Ada")
+    with pytest.raises(LabelConflict):
+        Client(client.address, reader="Bo").put_study_label("study-1", "negative", None)
     assert (known.row.state, known.tag) == ("complete", "final")
     assert np.array_equal(again.masks[painted], clot[CLOT_SLICE])
     assert again.state(first) == "uncertain"

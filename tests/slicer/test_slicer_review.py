@@ -8,7 +8,7 @@ import pytest
 import slicer_paths  # noqa: F401
 from phantoms import attention, chest, nrrd_bytes
 from PulmonaryEmbolismLib import review
-from PulmonaryEmbolismLib.answers import Candidate, Row, Saved, Scheduled, Study
+from PulmonaryEmbolismLib.answers import Candidate, Row, Saved, Scheduled, Sent, Study
 from PulmonaryEmbolismLib.drafts import Draft, Drafts, read_masks
 from PulmonaryEmbolismLib.images import Image, ImageError, read_image, write_segmentation
 from PulmonaryEmbolismLib.proposals import candidate_region, fill_between, grow, in_range
@@ -171,7 +171,7 @@ def test_a_draft_of_the_first_version_is_still_read(tmp_path):
     s.set_mask(6, blob())
     old = s.snapshot().to_json()
     old.update(schema="pe-draft/1", decisions={"1": "accepted"}, model="m1")
-    del old["note"]
+    del old["note"], old["label_based_on"]
     found = Draft.from_json(json.loads(json.dumps(old)))
     assert (found.marks[0].state, found.decisions) == ("embolism", ())
 
@@ -208,9 +208,9 @@ def test_changes_made_while_a_snapshot_travels_stay_to_be_sent():
     s.mark(2, "none")
     draft = s.queue()
     s.mark(6, "none")
-    s.acknowledge(draft, Saved("draft", 1, (6, 10, 14), "r1"))
+    s.acknowledge(draft, Sent(None, Saved("draft", 1, (6, 10, 14), "r1")))
     assert s.unsent
-    s.acknowledge(s.queue(), Saved("draft", 2, (10, 14), "r2"))
+    s.acknowledge(s.queue(), Sent(None, Saved("draft", 2, (10, 14), "r2")))
     assert not s.unsent
     assert s.revision == "r2"
 

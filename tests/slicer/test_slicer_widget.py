@@ -795,6 +795,80 @@ def test_two_thousand_studies_are_sorted_filtered_and_refreshed_by_touching_what
     assert QtWidgets.QHeaderView.ResizeMode.ResizeToContents not in modes
 
 
+# --- study labels
+
+
+def read_labels(desk):
+    desk.ui.workBox.setCurrentIndex(1)
+    desk.ui.nextButton.click()
+    desk.wait(lambda: desk.panel.session is not None)
+    desk.idle()
+
+
+def test_one_key_labels_a_study_and_the_next_one_is_there_already(desk):
+    add_chest(desk.server, "study-3", desk.folder, seed=2)
+    desk.connect()
+    read_labels(desk)
+    assert desk.panel.session.study == "study-1"
+    assert desk.ui.annotateSection.collapsed
+    assert desk.server.studies["study-2"]["row"]["held_by"] == "Ada"
+    fetched = desk.server.requests.count(("GET", "/datastore/image"))
+    assert fetched == 2
+    desk.key(Key.Key_J)
+    desk.wait(lambda: desk.panel.session.study == "study-2")
+    desk.idle()
+    row = desk.server.row("study-1")
+    assert (row["label"], row["state"], row["held_by"]) == ("negative", "labelled", None)
+    desk.key(Key.Key_L)
+    desk.wait(lambda: desk.panel.session.study == "study-3")
+    desk.idle()
+    desk.key(Key.Key_K)
+    desk.wait(lambda: any("no further study" in text for text in desk.app.messages))
+    desk.idle()
+    assert [desk.server.row(f"study-{n}")["label"] for n in (1, 2, 3)] == ["negative", "uncertain", "positive"]
+    assert desk.server.requests.count(("GET", "/datastore/image")) == 3
+
+
+def test_a_label_is_changed_after_going_back_and_taken_back_with_its_button(desk):
+    desk.connect()
+    read_labels(desk)
+    desk.key(Key.Key_J)
+    desk.wait(lambda: desk.panel.session.study == "study-2")
+    desk.idle()
+    desk.key(Key.Key_B, Modifier.ShiftModifier)
+    desk.wait(lambda: desk.panel.session.study == "study-1")
+    assert desk.ui.negativeButton.checked
+    desk.ui.negativeButton.click()
+    desk.idle()
+    assert (desk.server.row("study-1")["label"], desk.server.row("study-1")["state"]) == ("", "not_started")
+    assert desk.panel.session.study == "study-1"
+    assert desk.questions == []
+
+
+def test_what_was_fetched_ahead_is_let_go_when_the_reader_turns_to_slices(desk):
+    desk.connect()
+    read_labels(desk)
+    desk.ui.workBox.setCurrentIndex(0)
+    desk.wait(lambda: desk.server.studies["study-2"]["row"]["held_by"] is None)
+    assert not desk.ui.annotateSection.collapsed
+
+
+def test_a_label_that_another_reader_gave_meanwhile_is_asked_about_and_panel_and_server_agree(desk):
+    desk.connect()
+    for answer, label in (("Take theirs", "negative"), ("Keep mine", "positive")):
+        study = {"negative": "study-1", "positive": "study-2"}[label]
+        desk.open(study)
+        row = desk.server.studies[study]["row"]
+        row.update(label="negative", label_reader="Bo", label_revision="bo1")
+        desk.answers = [answer]
+        desk.key(Key.Key_K)
+        desk.idle()
+        assert "Bo labelled this study negative meanwhile; your label is positive." in desk.questions[-1]
+        assert desk.panel.session.label == desk.server.row(study)["label"] == label
+        assert not desk.panel.session.unsent
+        assert desk.ui.positiveButton.checked is (label == "positive")
+
+
 # --- save
 
 

@@ -147,11 +147,16 @@ def add_image(request: Request, file: UploadFile, image: str = "", params: JsonT
 
 @router.put("/datastore/image/info", tags=["Datastore"])
 def update_image_info(request: Request, image: str, who: Who, info: JsonText = "{}") -> dict[str, Any]:
-    """Say something of a study; ``pe_label`` is positive, negative or uncertain."""
-    said = _attributed(_json(info), who)
-    seen = _seen(request, image) if "pe_label" in said else {}
-    app_instance().store.update_image_info(image, {**seen, **said})
-    return {}
+    """Add to a study's info; ``pe_label`` is positive, negative or uncertain, "" takes the label back.
+
+    With ``based_on``, the ``label_revision`` that the reader saw (null for none), a label that somebody else gave
+    meanwhile is answered 409 with that label.
+    """
+    given = _attributed(_json(info), who)
+    seen = _seen(request, image) if "pe_label" in given else {}
+    store = app_instance().store
+    store.update_image_info(image, {**seen, **given})
+    return {"label": store.label(image), **store.label_version(image)} if "pe_label" in given else {}
 
 
 @router.put("/datastore/updatelabelinfo", tags=["Datastore"], include_in_schema=False)

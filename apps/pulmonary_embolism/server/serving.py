@@ -236,7 +236,9 @@ def _known_error(_: Request, error: Exception) -> JSONResponse:
     status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
     content: dict[str, Any] = {"detail": getattr(error, "msg", str(error))}
     if isinstance(error, Conflict):
-        content |= {"revision": error.revision, "annotation": error.annotation}
+        content |= (
+            {"label": error.label} if error.label else {"revision": error.revision, "annotation": error.annotation}
+        )
     return JSONResponse(content, status, {"Retry-After": RETRY_SECONDS} if status == 429 else None)
 
 

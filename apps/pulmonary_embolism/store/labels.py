@@ -60,10 +60,17 @@ _REVISION = re.compile(r"[0-9]{6,12}-[0-9a-f]{8}")
 class Conflict(InputError):  # noqa: N818 - a state, not a fault
     """Somebody else saved in between: whoever saves must see what counts now."""
 
-    def __init__(self, message: str, revision: str | None = None, annotation: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        revision: str | None = None,
+        annotation: dict[str, Any] | None = None,
+        label: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.revision = revision
         self.annotation = annotation
+        self.label = label
 
 
 class Labels:
@@ -100,6 +107,24 @@ class Labels:
         if based_on != counts:
             message = f"study {study} was saved by somebody else meanwhile: take over the changes and save again"
             raise self.conflict(message, study)
+
+    def check_study_label_counts(self, study: str, label: str, reader: str, based_on: object) -> bool:
+        """Refuse a study label that was given in sight of another version than the one that counts.
+
+        Returns:
+            Whether it counts already: sent again, because the first answer got lost.
+
+        Raises:
+            Conflict: with the label that counts.
+        """
+        current = self.history.current(study, STUDY_LABEL_LINE)
+        if based_on == (current.revision if current else None):
+            return False
+        known = label_info(current)
+        if current is not None and (label, reader) == (known["pe_label"], known["label_reader"]):
+            return True
+        words = f"{known['pe_label'] or 'without a label'} by {known['label_reader'] or 'another reader'}"
+        raise Conflict(f"study {study} was labelled {words} meanwhile: decide and save again", label=known)
 
     def conflict(self, message: str, study: str) -> Conflict:
         """A conflict that shows the annotation that counts."""
@@ -147,10 +172,12 @@ class Labels:
         write_durably(self.history.path(study, line, revision, ending), source.read_bytes())
         self.history.commit(study, line, Version(revision, previous, tag, ending, False, _dated(info)))
 
-    def write_study_label(self, study: str, info: Mapping[str, Any]) -> None:
-        """A new version of what is said of the study as a whole."""
+    def write_study_label(self, study: str, info: Mapping[str, Any]) -> Version:
+        """A new version of the label of the study as a whole."""
         revisions = self._next_revision(study, STUDY_LABEL_LINE, "")
-        self.history.commit(study, STUDY_LABEL_LINE, Version(*revisions, "", "", False, _dated(info)))
+        version = Version(*revisions, "", "", False, _dated(info))
+        self.history.commit(study, STUDY_LABEL_LINE, version)
+        return version
 
     def remove(self, study: str, tag: str) -> None:
         """Take a label away from the clients: a version without files."""
@@ -277,6 +304,17 @@ class Labels:
     def _tags(self) -> list[str]:
         """The tags that have a folder."""
         return [entry.name for entry in os.scandir(self._folder) if entry.is_dir() and is_tag(entry.name)]
+
+
+def label_info(version: Version | None) -> dict[str, Any]:
+    """Of a version of the study label, what the index and the clients show: the label, whose, when, and its name."""
+    info = version.info if version else {}
+    return {
+        "pe_label": info.get("pe_label", ""),
+        "label_reader": info.get("reader") or "",
+        "label_time": info.get("time", ""),
+        "label_revision": version.revision if version else None,
+    }
 
 
 def line_of(tag: str) -> str:

@@ -57,6 +57,7 @@ from pe_monailabel.store.labels import (
     STUDY_LABEL_LINE,
     Conflict,
     Labels,
+    label_info,
     line_of,
 )
 
@@ -113,6 +114,9 @@ class StoreLock:
     def __exit__(self, *_: object) -> None:
         self._processes.release()
         self._threads.release()
+
+
+_LABEL_ABSENT = {"label_reader": "", "label_time": "", "label_revision": None}
 
 
 class StudyStore(LocalDatastore):
@@ -253,6 +257,13 @@ class StudyStore(LocalDatastore):
             return self._listed[image_id].label
         return said if said in get_args(Label) else ""
 
+    def label_version(self, image_id: str, entry: ImageLabelModel | None = None) -> dict[str, Any]:
+        """Whose the study's label is, from when, and the name of its version; from the index, quick."""
+        info = (entry or self._datastore.objects[image_id]).image.info
+        if "pe_label" in info and "label_revision" not in info:  # an index of version 0.1
+            info = label_info(self.history.current(image_id, STUDY_LABEL_LINE))
+        return {name: info.get(name, absent) for name, absent in _LABEL_ABSENT.items()}
+
     def studies(self) -> tuple[Study, ...]:
         """Every usable study with its label and annotation, for training."""
         studies = []
@@ -390,8 +401,18 @@ class StudyStore(LocalDatastore):
         raise InputError(f"study {image_id}: CTs are not deleted through the server; move the file out of the folder")
 
     def update_image_info(self, image_id: str, info: Mapping[str, Any]) -> None:
-        """Add to what is known of an image; ``pe_label`` is the study's label."""
+        """Add to what is known of an image.
+
+        Args:
+            image_id: the study.
+            info: finite JSON. ``pe_label`` is the study's label, "" takes it back. ``based_on``: name of the label that
+                the reader saw, None for none.
+
+        Raises:
+            Conflict: if another label counts than the one in ``based_on``, where that is given.
+        """
         said = finite_json(info)
+        expects, based_on = "based_on" in said, said.pop("based_on", None)
         label = said.get("pe_label", "")
         if label not in get_args(Label):
             words = ", ".join(repr(word) for word in get_args(Label) if word)
@@ -400,12 +421,16 @@ class StudyStore(LocalDatastore):
             self.check_study(image_id)
             entry = self._datastore.objects[image_id]
             shown = {name: value for name, value in said.items() if name not in SEEN}
+            if "pe_label" in said:
+                reader = str(said.get("reader") or "")
+                if expects and self.labels.check_study_label_counts(image_id, label, reader, based_on):
+                    return
+                shown |= label_info(self.labels.write_study_label(image_id, said))  # from here on it counts
             image = DataModel(ext=entry.image.ext, info={**entry.image.info, **shown})
             changed = {image_id: ImageLabelModel(image=image, labels=entry.labels)}
             if "pe_label" not in said:
                 self._write_index(changed)
                 return
-            self.labels.write_study_label(image_id, said)  # from here on it counts
             try:
                 self._write_index(changed)
             except OSError:
@@ -573,6 +598,7 @@ class StudyStore(LocalDatastore):
         """What the index is to say of a study, from the files."""
         said = self.history.current(image_id, STUDY_LABEL_LINE)
         shown = {name: value for name, value in said.info.items() if name not in SEEN} if said else {}
+        shown |= label_info(said) if said else {}
         info = {"ts": int(time.time()), "name": f"{image_id}{ext}", **shown}
         image = DataModel(ext=ext, info=held.image.info if held else info)
         known = {tag: label.info for tag, label in held.labels.items()} if held else {}

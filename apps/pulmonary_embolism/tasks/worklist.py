@@ -20,7 +20,7 @@ import numpy as np
 from monailabel.datastore.local import ImageLabelModel
 from monailabel.interfaces.tasks.strategy import Strategy as StrategyTask
 
-from pe_app.annotation.review import SliceToReview, Strategy, StudyState, rank_studies, slices_to_review
+from pe_app.annotation.review import SliceToReview, Strategy, StudyState, Work, rank_studies, slices_to_review
 from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
 from pe_monailabel.store.images import ImageFacts
@@ -142,12 +142,15 @@ class Worklist:
         facts = self.store.remembered_facts(study)
         review = review_of(entry)
         said = self._detections.summary(facts, model)
+        label, version = self.store.label(study, entry), self.store.label_version(study, entry)
+        labelled = review.state == "not_started" and bool(label) and version["label_revision"] is not None
         return {
             "study": study,
-            "state": review.state,
+            "state": "labelled" if labelled else review.state,
             "reviewed": review.reviewed,
             "scheduled": len(facts.schedule) if facts else 0,
-            "label": self.store.label(study, entry),
+            "label": label,
+            **version,
             "probability": said.probability if said else None,
             "model": said.model if said else None,
             "held_by": self.leases.holder(study) or None,
@@ -215,6 +218,35 @@ class Worklist:
         return state if not held_by else replace(state, held_by=held_by)
 
 
+@dataclass(frozen=True)
+class NextWanted:
+    """What a reader wants of the next study.
+
+    Attributes:
+        work: ``slices`` to review a schedule, ``labels`` to give a label to a study that has none.
+        skip: studies that the reader does not want now.
+        ahead: whether it is fetched while the reader is still at another one, which stays held.
+    """
+
+    work: Work = "slices"
+    skip: frozenset[str] = frozenset()
+    ahead: bool = False
+
+    @classmethod
+    def from_request(cls, request: Mapping[str, Any]) -> NextWanted:
+        """From what a client sent.
+
+        Raises:
+            InputError: if a value is of another kind.
+        """
+        work, skip, ahead = (request.get(name) for name in ("work", "skip", "ahead"))
+        if work not in (None, "slices", "labels"):
+            raise InputError(f"work: expected slices or labels, got {work!r}")
+        if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
+            raise InputError("skip: expected a list of studies")
+        return cls(work or "slices", frozenset(skip or ()), ahead is True)
+
+
 class NextStudy(StrategyTask):
     """An active learning strategy: the study to read next, its slices, and a lease on it."""
 
@@ -228,22 +260,24 @@ class NextStudy(StrategyTask):
         """The next study, or None when every study is complete, unusable or held by others."""
         said = request.get("reader") or request.get("client_id")
         reader = str(said) if said else f"{ANONYMOUS} {uuid.uuid4().hex[:6]}"
+        wanted = NextWanted.from_request(request)
         states = self._worklist.states()
-        found = self._first_free(states, reader)
+        found = self._first_free(states, reader, wanted)
         if found is None and not said:  # rather a study that an anonymous client looked at before than none
             for state in states:
                 if state.held_by.startswith(ANONYMOUS):
                     self._worklist.leases.release(state.study, state.held_by)
-            found = self._first_free([_freed(state) for state in states], reader)
+            found = self._first_free([_freed(state) for state in states], reader, wanted)
         return found
 
-    def _first_free(self, states: Sequence[StudyState], reader: str) -> dict[str, object] | None:
-        for state in rank_studies(self._strategy, states, self._rng, reader):
+    def _first_free(self, states: Sequence[StudyState], reader: str, wanted: NextWanted) -> dict[str, object] | None:
+        left = [state for state in states if state.study not in wanted.skip]
+        for state in rank_studies(self._strategy, left, self._rng, reader, work=wanted.work):
             facts = self._worklist.store.facts(state.study)  # examines a CT that is new; it may not be usable
             if facts.reason:
                 continue
             try:
-                lease = self._worklist.leases.take(state.study, reader, alone=True)
+                lease = self._worklist.leases.take(state.study, reader, alone=not wanted.ahead)
             except Conflict:  # another reader asked at the same moment
                 continue
             slices = [

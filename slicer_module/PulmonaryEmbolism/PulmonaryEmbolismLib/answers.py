@@ -58,6 +58,8 @@ class Row:
     reviewed: int = 0
     scheduled: int = 0
     label: str = ""
+    label_reader: str = ""
+    label_revision: Optional[str] = None
     probability: Optional[float] = None
     model: str = ""
     held_by: str = ""
@@ -79,6 +81,8 @@ class Row:
             reviewed=int(data.get("reviewed") or 0),
             scheduled=int(data.get("scheduled") or 0),
             label=as_text(data.get("label")),
+            label_reader=as_text(data.get("label_reader")),
+            label_revision=data.get("label_revision"),
             probability=as_number(data.get("probability")),
             model=as_text(data.get("model")),
             held_by=as_text(data.get("held_by")),
@@ -220,3 +224,11 @@ class Saved:
     accepted: int
     open_slices: Tuple[int, ...]
     revision: Optional[str]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What of a draft has reached the server: the version of the study label, and the receipt of the slices."""
+
+    label_revision: Optional[str] = None
+    saved: Optional[Saved] = None

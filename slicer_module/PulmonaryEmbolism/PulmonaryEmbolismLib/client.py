@@ -11,7 +11,7 @@ import re
 import threading
 import uuid
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 from urllib.parse import quote
 
 import requests
@@ -91,11 +91,17 @@ class Client:
         """Let others have it."""
         self._transport.request("DELETE", f"/pe/studies/{quote(study, safe='')}/lease", json={"reader": self.reader})
 
-    def next_study(self, strategy: str) -> str:
-        """The id of the study that the server wants read next, or "" if there is none; the server leases it."""
-        return as_text(
-            self._transport.json("POST", f"/activelearning/{quote(strategy)}", json={"reader": self.reader}).get("id")
-        )
+    def next_study(self, strategy: str, work: str = "slices", skip: Sequence[str] = (), ahead: bool = False) -> str:
+        """The id of the study that the server wants read next, or "" if there is none; the server leases it.
+
+        Args:
+            strategy: one of the server's.
+            work: "slices", or "labels" for studies without one.
+            skip: studies that are not wanted now.
+            ahead: whether the reader is still at another study, which stays held.
+        """
+        wanted = {"reader": self.reader, "work": work, "skip": list(skip), "ahead": ahead}
+        return as_text(self._transport.json("POST", f"/activelearning/{quote(strategy)}", json=wanted).get("id"))
 
     def download_image(self, study: str, sha256: str, cache: Path, report: Report) -> Path:
         """The study's CT as a file of the cache folder, which is fetched only once per content."""
@@ -166,11 +172,17 @@ class Client:
         open_slices = tuple(int(k) for k in data.get("open") or ())
         return Saved(as_text(data.get("tag")), int(data.get("accepted") or 0), open_slices, data.get("revision"))
 
-    def put_study_label(self, study: str, label: str) -> None:
-        """Say positive, negative or uncertain of the whole study."""
-        self._transport.request(
-            "PUT", "/datastore/image/info", params={"image": study}, data={"info": json.dumps({"pe_label": label})}
+    def put_study_label(self, study: str, label: str, based_on: Optional[str]) -> Optional[str]:
+        """Label the whole study positive, negative or uncertain, "" takes the label back; the label's new version.
+
+        Raises:
+            LabelConflict: if the server holds a label other than ``based_on``.
+        """
+        info = {"pe_label": label, "based_on": based_on, "reader": self.reader}
+        data = self._transport.json(
+            "PUT", "/datastore/image/info", params={"image": study}, data={"info": json.dumps(info)}
         )
+        return data.get("label_revision")
 
     def training(self) -> dict:
         """Both trainings' status: ``{"encoder", "classifier", "running"}``."""

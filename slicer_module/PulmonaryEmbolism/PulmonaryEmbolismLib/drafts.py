@@ -19,9 +19,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from PulmonaryEmbolismLib import images
-from PulmonaryEmbolismLib.answers import Saved, Study
+from PulmonaryEmbolismLib.answers import Sent, Study
 from PulmonaryEmbolismLib.client import Client
-from PulmonaryEmbolismLib.transport import Report
+from PulmonaryEmbolismLib.transport import LabelConflict, Report
 
 EMBOLISM, NONE, UNCERTAIN = "embolism", "none", "uncertain"
 """What a reader sees on a slice. A slice that is not listed is not reviewed, which is never "none"."""
@@ -112,6 +112,7 @@ class Draft:
     marks: Tuple[Mark, ...]
     masks: Masks
     label: str
+    label_based_on: Optional[str]
     decisions: Tuple[Decision, ...]
     note: str
     based_on: Optional[str]
@@ -126,10 +127,22 @@ class Draft:
     def unsent(self) -> bool:
         return not (self.slices_sent and self.label_sent)
 
-    def acknowledged(self, saved: Optional[Saved]) -> Draft:
+    def acknowledged(self, sent: Sent) -> Draft:
         """The same work, known to the server."""
-        revision = saved.revision if saved else self.based_on
-        return replace(self, slices_sent=True, label_sent=True, queued=False, based_on=revision)
+        revision = sent.saved.revision if sent.saved else self.based_on
+        label_revision = sent.label_revision or self.label_based_on
+        return replace(
+            self, slices_sent=True, label_sent=True, queued=False, based_on=revision, label_based_on=label_revision
+        )
+
+    def after(self, known: Draft) -> Draft:
+        """This later work, on top of what the server knows by now."""
+        return replace(
+            self,
+            based_on=known.based_on,
+            label_based_on=known.label_based_on,
+            label_sent=self.label_sent or self.label == known.label,
+        )
 
     def annotation(self) -> dict:
         """What was reviewed as schema pe-annotation/2, all but the outlines."""
@@ -156,7 +169,7 @@ class Draft:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Draft:
         if data.get("schema") == "pe-draft/1":  # of version 0.1: its decisions name no place
-            data = {**data, "decisions": [], "note": ""}
+            data = {**data, "decisions": [], "note": "", "label_based_on": None}
         elif data.get("schema") != "pe-draft/2":
             raise ValueError("not a draft of this module")
         values = {key: data[key] for key in cls.__dataclass_fields__}
@@ -229,12 +242,23 @@ class Drafts:
             return None
 
 
-def send(client: Client, draft: Draft, folder: Path, report: Report) -> Optional[Saved]:
-    """Bring a draft to its server: the study label, then the slices. None if no slice had to be sent."""
+def send(client: Client, draft: Draft, folder: Path, report: Report) -> Sent:
+    """Bring a draft to its server: the study label, then the slices.
+
+    Raises:
+        LabelConflict: if another reader labelled the study otherwise.
+        Conflict: if another version of the slices was saved.
+    """
+    label_revision = None
     if not draft.label_sent:
-        client.put_study_label(draft.study, draft.label)
+        try:
+            label_revision = client.put_study_label(draft.study, draft.label, draft.label_based_on)
+        except LabelConflict as error:
+            if error.label != draft.label:
+                raise
+            label_revision = error.revision  # whoever said it, there is nothing to decide
     if draft.slices_sent:
-        return None
+        return Sent(label_revision)
     report("Writing the annotation")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{draft.stamp}.seg.nrrd"
@@ -242,7 +266,7 @@ def send(client: Client, draft: Draft, folder: Path, report: Report) -> Optional
     compact = json.dumps(annotation, separators=(",", ":")).replace("|", "/")
     images.write_segmentation(path, draft.masks, draft.shape, draft.affine, compact)
     try:
-        return client.put_annotation(draft.study, annotation, path, draft.based_on, report)
+        return Sent(label_revision, client.put_annotation(draft.study, annotation, path, draft.based_on, report))
     finally:
         path.unlink()
 

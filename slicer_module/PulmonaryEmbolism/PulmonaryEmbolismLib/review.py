@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tup
 import numpy as np
 
 from PulmonaryEmbolismLib import images
-from PulmonaryEmbolismLib.answers import Candidate, Saved, Scheduled, Study
+from PulmonaryEmbolismLib.answers import Candidate, Row, Scheduled, Sent, Study
 from PulmonaryEmbolismLib.drafts import (
     EMBOLISM,
     NONE,
@@ -51,6 +51,7 @@ class ReviewSession:
         self.affine = image.affine
         self.reader = reader
         self.label = study.row.label
+        self.label_revision = study.row.label_revision
         self.note = ""
         self.revision: Optional[str] = None
         self.version = 0
@@ -245,7 +246,7 @@ class ReviewSession:
         return Draft(
             self.server, self.study, self.image, self.shape, self.affine,
             tuple(self._marks[k] for k in sorted(self._marks)), dict(self.masks),
-            self.label, self._sorted_decisions(), self.note, self.revision,
+            self.label, self.label_revision, self._sorted_decisions(), self.note, self.revision,
             self._slices_sent, self._label_sent, self.queued, self.reader, now(), time.time_ns(),
         )  # fmt: skip
 
@@ -254,9 +255,11 @@ class ReviewSession:
         self.queued = True
         return self.snapshot()
 
-    def acknowledge(self, draft: Draft, saved: Optional[Saved]) -> None:
+    def acknowledge(self, draft: Draft, sent: Sent) -> None:
         """The server has this snapshot. Changes made since then are still to be sent."""
+        saved = sent.saved
         self._label_sent = self._label_sent or self.label == draft.label
+        self.label_revision = sent.label_revision or self.label_revision
         if saved is not None:
             self.revision = saved.revision
             same_marks = draft.marks == tuple(self._marks[k] for k in sorted(self._marks))
@@ -272,6 +275,20 @@ class ReviewSession:
         self.revision, self._slices_sent = revision, True
         self.version += 1
 
+    def meet_label(self, label: str, revision: Optional[str], take: bool) -> None:
+        """Another reader's label is on the server: take it over, or keep one's own in sight of it."""
+        self.label_revision = revision
+        if take:
+            self.label = label
+        self._label_sent = self.label == label
+        self.version += 1
+
+    def follow_label(self, row: Row) -> None:
+        """Show the label that the server holds now, unless one's own is still to be sent."""
+        if self._label_sent:
+            self.label, self.label_revision = row.label, row.label_revision
+            self.version += 1
+
     def restore(self, draft: Draft) -> None:
         """Continue from a draft of this study."""
         self._marks = {mark.slice_index: mark for mark in draft.marks}
@@ -281,6 +298,7 @@ class ReviewSession:
         self._slices_sent = self._slices_sent and draft.slices_sent
         if not draft.label_sent:
             self.label, self._label_sent = draft.label, False
+            self.label_revision = draft.label_based_on
         self.version += 1
 
     def merge(self, annotation: Optional[Mapping[str, Any]], masks: Masks, revision: Optional[str]) -> None:

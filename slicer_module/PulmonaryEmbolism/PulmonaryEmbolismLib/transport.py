@@ -39,6 +39,16 @@ class Conflict(ServerError):
         self.annotation = annotation
 
 
+class LabelConflict(ServerError):
+    """Another reader labelled the study in between (409): what, who, and the version that counts."""
+
+    def __init__(self, sentence: str, label: str, reader: str, revision: Optional[str]) -> None:
+        super().__init__(sentence, 409)
+        self.label = label
+        self.reader = reader
+        self.revision = revision
+
+
 def normalised_address(text: str) -> str:
     """The address as typed, with ``http://`` where no scheme was given and nothing after host and port.
 
@@ -148,6 +158,10 @@ class Transport:
         if status == 401:
             problem = "does not accept this token" if self.token else "asks for a token"
             return ServerError(f"The server {problem}; your administrator issues one with: pe-app tokens add NAME", 401)
+        label = data.get("label")
+        if status == 409 and isinstance(label, dict):
+            found = (str(label.get(name) or "") for name in ("pe_label", "label_reader"))
+            return LabelConflict(detail, *found, label.get("label_revision"))
         if status == 409 and ("revision" in data or "annotation" in data):
             return Conflict(detail or "A newer version is on the server.", data.get("revision"), data.get("annotation"))
         if (foreign and not detail) or detail == "Not Found":

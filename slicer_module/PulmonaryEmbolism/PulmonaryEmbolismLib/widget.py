@@ -39,7 +39,7 @@ REFRESH_SECONDS = 60.0
 LEASE_SECONDS = 300.0
 TRAINING_SECONDS = 2.0
 
-QUIET = ("autosave", "retry", "refresh", "training", "release")
+QUIET = ("autosave", "retry", "refresh", "training", "release", "ahead")
 """Groups of jobs that nobody waits for."""
 
 log = logging.getLogger(__name__)
@@ -154,6 +154,7 @@ class Panel:
         self.annotate.sync_paint()
         if self.session is not None and self.session.unsent:
             self.drafts.write(self.session.snapshot())
+        self.worklist.forget_ahead()
         self.study.close()
         self._remove_keys()
         self.views.unwatch()
@@ -222,6 +223,7 @@ class Panel:
 
     def _leave_server(self) -> None:
         """What it still answers belongs to it alone; what it has not acknowledged waits in the drafts."""
+        self.worklist.forget_ahead()
         self.study.close()
         for group in ("study", "upload", "retry", "refresh", "train", "training"):
             self.runner.drop(group)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import Dict, Optional, Sequence, Set, Tuple
+from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 from slicer.i18n import tr as _
 
-from PulmonaryEmbolismLib.answers import Saved, Study
+from PulmonaryEmbolismLib.answers import Sent, Study
 from PulmonaryEmbolismLib.drafts import Draft, Masks, fetch_masks, send
 from PulmonaryEmbolismLib.jobs import Cancelled, Job
-from PulmonaryEmbolismLib.transport import Conflict, ServerError
+from PulmonaryEmbolismLib.transport import Conflict, LabelConflict, ServerError
 
 
 class Saving:
@@ -23,7 +23,7 @@ class Saving:
         self._again: Dict[str, Tuple[Draft, bool]] = {}
         self._blocked: Set[str] = set()
         panel.on_click([(ui.saveButton, self.save), (ui.submitButton, self.submit)])
-        panel.on_click((button, functools.partial(self.label, label)) for button, label in self._labels())
+        panel.on_click((button, functools.partial(self.click_label, label)) for button, label in self._labels())
         panel.connect(ui.studyNoteEdit, "editingFinished()", self.write_note)
 
     def label(self, label: str) -> None:
@@ -37,7 +37,15 @@ class Saving:
             return
         session.set_label(label)
         self.panel.annotate.changed()
-        self.save()
+        if session.unsent:
+            self.save()
+        if label and self.panel.worklist.work == "labels":
+            self.panel.worklist.advance()
+
+    def click_label(self, label: str) -> None:
+        """A label's button: a click on the one that is down takes the label back."""
+        session = self.panel.session
+        self.label("" if session is not None and session.label == label else label)
 
     def write_note(self) -> None:
         """The reader's remark on the study."""
@@ -96,6 +104,11 @@ class Saving:
         """Sending may be tried again: of one study, or of all."""
         self._blocked = self._blocked - {study} if study else set()
 
+    @property
+    def under_way(self) -> List[str]:
+        """The studies that are being sent."""
+        return sorted(self._sending)
+
     def forget(self) -> None:
         """Another server was connected: nothing is under way."""
         self._sending.clear()
@@ -146,20 +159,22 @@ class Saving:
             functools.partial(self._not_sent, draft, submitted),
         )
 
-    def _sent(self, draft: Draft, submitted: bool, saved: Optional[Saved]) -> None:
+    def _sent(self, draft: Draft, submitted: bool, sent: Sent) -> None:
+        saved = sent.saved
         self._sending.discard(draft.study)
         self._blocked.discard(draft.study)
         later, submitted_later = self._again.pop(draft.study, (None, False))
         self.panel.worklist.refresh()
         if not self._is_open(draft):
-            known = draft.acknowledged(saved)
-            if later is None:
+            known = draft.acknowledged(sent)
+            later = later.after(known) if later is not None else None
+            if later is None or not later.unsent:
                 self._write(known)
             else:
-                self._send(dataclasses.replace(later, based_on=known.based_on))
+                self._send(later)
             return
         session = self.panel.session
-        session.acknowledge(draft, saved)
+        session.acknowledge(draft, sent)
         self.keep()
         if submitted_later or (submitted and session.unsent):
             self.submit()
@@ -168,7 +183,7 @@ class Saving:
         elif submitted:
             self._submitted(saved.open_slices if saved else session.open_slices)
         else:
-            tag = f" ({saved.tag})" if saved else ""
+            tag = f" ({saved.tag})" if saved else _(" (study label)")
             self.say(_("Saved on the server{tag} at {time}.").format(tag=tag, time=time.strftime("%H:%M")))
 
     def _submitted(self, still_open: Sequence[int]) -> None:
@@ -185,6 +200,9 @@ class Saving:
         self._again.pop(draft.study, None)
         if isinstance(error, Conflict):
             self._conflict(draft, submitted, error)
+            return
+        if isinstance(error, LabelConflict):
+            self._label_conflict(draft, submitted, error)
             return
         what = _("Sending was cancelled") if isinstance(error, Cancelled) else str(error).rstrip(".")
         self.panel.due["retry"] = time.monotonic()
@@ -219,6 +237,31 @@ class Saving:
         else:
             self._blocked.add(draft.study)
             self.panel.say(_("Another version of {study} was saved; open it to decide.").format(study=draft.study))
+
+    def _label_conflict(self, draft: Draft, submitted: bool, error: LabelConflict) -> None:
+        """Another reader labelled the study otherwise: the reader decides, and never finds out by chance."""
+        self._blocked.add(draft.study)
+        if not self._is_open(draft):
+            text = _("{reader} labelled {study} {theirs}, you {mine}; open it to decide.")
+            words = {"reader": error.reader, "study": draft.study, "theirs": error.label, "mine": draft.label}
+            self.panel.say(ServerError(text.format(**words)))
+            return
+        session = self.panel.session
+        text = _("{reader} labelled this study {theirs} meanwhile; your label is {mine}.").format(
+            reader=error.reader or "?", theirs=error.label or _("without a label"), mine=session.label or "—"
+        )
+        choices = ["Keep mine", "Take theirs", "Decide later"]
+        choice = self.panel.ask(text, choices)
+        if choice == choices[2]:
+            self.say(_("Not sent: another label is on the server. Your work is kept on this computer."))
+            return
+        session.meet_label(error.label, error.revision, take=choice == choices[1])
+        self._blocked.discard(session.study)
+        self.panel.annotate.changed()
+        if session.unsent:
+            self._send(session.queue(), submitted)
+        else:
+            self.say(_("The label on the server is yours now: {label}.").format(label=session.label))
 
     def _compare(self, submitted: bool) -> None:
         """Load the server's version and ask."""
@@ -255,6 +298,8 @@ class Saving:
         else:
             panel.drafts.set_aside(session.snapshot())
             panel.annotate.edit(lambda session: session.adopt(known.annotation, masks, known.revision))
+        session.follow_label(known.row)
+        self.show()
         self._blocked.discard(session.study)
         if session.unsent:
             self._send(session.queue(), submitted)

@@ -117,9 +117,7 @@ class OpenStudy:
         segmentation = nodes.segmentation.GetSegmentation()
         for event in ("SourceRepresentationModified", "SegmentModified"):  # strokes fire the first, undo the second
             panel.observe(segmentation, getattr(slicer.vtkSegmentation, event), panel.annotate.painted)
-        self.ui.worklistSection.collapsed = True
-        for section in (self.ui.studySection, self.ui.annotateSection, self.ui.detectSection):
-            section.collapsed = False
+        self.show_sections()
         panel.detecting.show(study.detection, None)
         panel.painting.begin()
         panel.annotate.begin()
@@ -130,6 +128,16 @@ class OpenStudy:
             panel.say(reason)
         if session.unsent:
             panel.saving.keep()
+        panel.worklist.fetch_ahead()
+
+    def show_sections(self) -> None:
+        """What the reader works with is unfolded: for labels the study alone."""
+        if self.panel.session is None:
+            return
+        ui, slices = self.ui, self.panel.worklist.work == "slices"
+        ui.worklistSection.collapsed = True
+        ui.studySection.collapsed = False
+        ui.annotateSection.collapsed = ui.detectSection.collapsed = not slices
 
     def _offer(self, session: review.ReviewSession, study: Study, masks: Masks, draft: Draft) -> None:
         """Work of an earlier day that the server does not have: the reader decides what becomes of it."""
