@@ -29,8 +29,9 @@ from pe_app.common.errors import InputError, UnfitStudy
 
 if TYPE_CHECKING:
     from pe_app.model.detector import Detector
-    from pe_app.results.batch import BatchStudy, Finished, Found
-    from pe_app.results.worklist import Outcome
+    from pe_app.results.batch import Finished
+    from pe_app.results.find_studies import BatchStudy, Found
+    from pe_app.results.outcome import Outcome
 
 EXIT_INCOMPLETE = 4
 EXIT_STOPPED = 130
@@ -64,7 +65,7 @@ def detect(
     """
     from pe_app.ct.quality import read_limits
     from pe_app.model.detector import Detector, default_model
-    from pe_app.results.batch import find_studies
+    from pe_app.results.find_studies import find_studies
 
     found = find_studies(studies)
     if series and not found.single:
@@ -143,7 +144,7 @@ def _many(
     full_resolution: bool,
 ) -> None:
     from pe_app.results.batch import PAGE, run_batch
-    from pe_app.results.worklist import Share
+    from pe_app.results.outcome import Share
 
     for line in found.said:
         typer.echo(line, err=True)

@@ -27,7 +27,8 @@ from pe_app.common.files import append_durably
 from pe_app.ct.dicom_headers import is_dicom
 from pe_app.ct.volume_io import SUFFIXES
 from pe_app.pacs.dicomweb import Archive, ArchiveSeries, Unavailable
-from pe_app.results.batch import BatchStudy, Outcome
+from pe_app.results.find_studies import BatchStudy
+from pe_app.results.outcome import Outcome
 
 log = logging.getLogger(__name__)
 

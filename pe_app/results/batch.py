@@ -1,21 +1,18 @@
-"""Many studies one after another: each result is kept as it comes, a bad study stops nothing, the next run goes on.
+"""Many studies one after another: each result is kept as it comes, a bad study stops nothing, the next run resumes.
 
-``OUT/results.jsonl`` holds a line for every study done and is what a later run reads; ``OUT/results.csv`` is the same
+``OUT/results.jsonl`` holds one line per study done and is what a later run reads; ``OUT/results.csv`` is the same
 for a spreadsheet, ``OUT/index.html`` for a reader, and ``OUT/<study>/`` holds a study's own files.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import re
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,66 +21,28 @@ from pathlib import Path
 from typing import TypeVar
 
 import filelock
-import pydicom
 
 from pe_app.common.errors import InputError, UnfitStudy
-from pe_app.common.files import append_durably, write_durably
+from pe_app.common.files import write_durably
 from pe_app.common.progress import Cancelled, Progress, ProgressCallback, silent
-from pe_app.common.schema import json_text
-from pe_app.ct.dicom_headers import is_dicom
 from pe_app.ct.volume import Volume
-from pe_app.ct.volume_io import SUFFIXES, read_volume
+from pe_app.ct.volume_io import read_volume
 from pe_app.model.detection import DETECTION
 from pe_app.model.detector import DetectionResult, Detector
+from pe_app.results.find_studies import BatchStudy
+from pe_app.results.ledger import BEGUN, TABLE, Begun, Ledger
+from pe_app.results.outcome import RESULTS, Outcome
 from pe_app.results.result_files import strongest_slices, write_result
-from pe_app.results.worklist import Outcome as Outcome
-from pe_app.results.worklist import worklist_page
-from pe_app.studies import read_studies
+from pe_app.results.worklist_page import worklist_page
 
 log = logging.getLogger(__name__)
 
-RESULTS = "results.jsonl"
-TABLE = "results.csv"
 PAGE = "index.html"
-BEGUN = ".begun.json"
-"""Studies that a run began and did not end: what the process died of may be among them."""
-
 ENDINGS = 2
 """A study at which the process ended so often without a word is passed over."""
-
 PAGE_SHARE = 0.05
 """Writing the worklist anew takes at most this share of the time; it is also written when there is nothing to do."""
-
-COLUMNS = (
-    *("study", "status", "probability", "positive", "message", "problem", "reasons", "place", "slice", "z_mm"),
-    *("size_mm", "candidates", "extent_estimate_ml", "model", "version", "trained", "model_sha256", "image_sha256"),
-    *("seconds", "date", "folder"),
-)
-"""Of results.csv; place, slice, z_mm and size_mm are the strongest candidate's."""
-
-MAX_DEPTH = 12
-"""Folders in folders: more is a loop of links."""
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BatchStudy:
-    """A study to analyse.
-
-    Attributes:
-        study: its name, unique in the folder of results.
-        path: what ``read_volume`` takes.
-        series: SeriesInstanceUID, where the folder holds several.
-        fingerprint: changes when the source does; "" takes names, sizes and times of the files at ``path``.
-        error: why it could not be had: then nothing is read, and this is what became of it.
-    """
-
-    study: str
-    path: Path
-    series: str | None = None
-    fingerprint: str = ""
-    error: InputError | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,55 +60,6 @@ class Finished:
     folder: Path
     volume: Volume
     result: DetectionResult
-
-
-@dataclass(frozen=True)
-class Found:
-    """Studies among the paths that a person gave.
-
-    Attributes:
-        studies: in the order given, within a folder by name.
-        said: what was taken as what, a line each.
-        single: whether one study was given as such, and not a list or a folder of several.
-    """
-
-    studies: tuple[BatchStudy, ...]
-    said: tuple[str, ...]
-    single: bool
-
-
-def find_studies(paths: Sequence[Path]) -> Found:
-    """The studies that these files, folders and study lists hold.
-
-    A folder that holds DICOM files is one study, also when its series lie in folders of their own; a folder with
-    several DICOM studies (told by Study Instance UID), or with .nrrd, .nii or .nii.gz files, holds many. A folder with
-    a studies.csv is that study list. Hidden files and folders of results are passed over. A path without any study
-    is kept, so that reading it says what is wrong.
-
-    Raises:
-        InputError: if a study list cannot be read.
-    """
-    studies: list[BatchStudy] = []
-    said = []
-    for path in paths:
-        listed = path / "studies.csv" if path.is_dir() else path
-        if listed.suffix.lower() == ".csv" and listed.is_file():
-            found = [BatchStudy(study.study, study.path) for study in read_studies(listed)]
-            said.append(f"{path}: study list of {len(found)} studies")
-        elif not path.is_dir():
-            found = [BatchStudy(_stem(path), path)]
-        else:
-            places = _studies_below(path) or [(path, "")]
-            found = [BatchStudy(_name(place, path), place) for place, _ in places]
-            if [place for place, _ in places] == [path]:
-                said.append(f"{path}: one study")
-            else:
-                names = [found[0].study, found[-1].study] if len(found) > 1 else [found[0].study]
-                said.append(f"{path}: {len(found)} {'studies' if len(found) > 1 else 'file'}, {' to '.join(names)}")
-                said += _shared_studies(path, places)
-        studies += found
-    single = len(paths) == 1 and [study.path for study in studies] == list(paths)
-    return Found(_with_unique_names(studies), tuple(said), single)
 
 
 def run_batch(
@@ -245,8 +155,8 @@ class _Batch:
 
     def run(self, studies: Iterator[BatchStudy]) -> Iterator[Outcome]:
         """One outcome after another."""
-        self.kept = _Kept(self.out)
-        self.begun = _Begun(self.out / BEGUN)
+        self.kept = Ledger(self.out)
+        self.begun = Begun(self.out / BEGUN)
         try:
             yield from self._outcomes(studies)
         except (OSError, _Unwritable) as error:
@@ -442,98 +352,6 @@ class _Unwritable(Exception):  # noqa: N818 - not the study's fault: stops the b
     """A study's files could not be written."""
 
 
-class _Kept:
-    """results.jsonl and results.csv: a line is added for every outcome, the last one of a study counts."""
-
-    def __init__(self, out: Path) -> None:
-        self._lines = out / RESULTS
-        self._table = out / TABLE
-        self._outcomes: dict[str, Outcome] = {}
-        self._superseded = False
-        content = self._lines.read_bytes() if self._lines.exists() else b""
-        for number, line in enumerate(content.splitlines(), start=1):
-            try:
-                payload = json.loads(line)
-            except ValueError:  # torn by a power cut: its study is done again
-                self._superseded = True
-                continue
-            try:
-                outcome = Outcome.from_json(payload)
-            except ValueError as error:
-                raise InputError(f"{self._lines} line {number}: {error}: choose another --out") from error
-            self._superseded |= outcome.study in self._outcomes
-            self._outcomes[outcome.study] = outcome
-        write_durably(self._table, _csv_lines([COLUMNS, *map(_cells, self._outcomes.values())]))
-
-    def all(self) -> Mapping[str, Outcome]:
-        """The outcomes of this run and those before, by study."""
-        return self._outcomes
-
-    def add(self, outcome: Outcome) -> None:
-        """Keep an outcome; it is on disk when this returns."""
-        append_durably(self._lines, json_text(outcome.to_json()).encode() + b"\n")
-        append_durably(self._table, _csv_lines([_cells(outcome)]))
-        self._superseded |= outcome.study in self._outcomes
-        self._outcomes = {**self._outcomes, outcome.study: outcome}  # the reading thread looks at it meanwhile
-
-    def tidy(self) -> None:
-        """One line a study in both files."""
-        if self._superseded:
-            lines = [json_text(outcome.to_json()) + "\n" for outcome in self._outcomes.values()]
-            write_durably(self._lines, "".join(lines))
-            write_durably(self._table, _csv_lines([COLUMNS, *map(_cells, self._outcomes.values())]))
-            self._superseded = False
-
-
-class _Begun:
-    """Which studies were begun and not ended, on disk: at which of them an earlier process died, and how often."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._over = False
-        self._entries: dict[str, tuple[str, int, bool]] = {}
-        if path.exists():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                for study, (fingerprint, endings, is_open) in found.items():
-                    self._entries[study] = str(fingerprint), int(endings) + bool(is_open), False
-            except (ValueError, TypeError, AttributeError):
-                path.unlink()  # it is a help, not a result
-
-    def endings(self, study: BatchStudy) -> int:
-        """How often the process ended while it was at these files."""
-        fingerprint, endings, _ = self._entries.get(study.study, ("", 0, False))
-        return endings if fingerprint == study.fingerprint else 0
-
-    def begin(self, study: BatchStudy) -> None:
-        """It is being read from now on."""
-        self._change(study, (study.fingerprint, self.endings(study), True))
-
-    def end(self, study: BatchStudy) -> None:
-        """It was ended well; one that was given up stays known."""
-        if self._entries.get(study.study, ("", 0, False))[2]:
-            self._change(study, None)
-
-    def forgive(self) -> None:
-        """The run ends knowingly: no study is to blame."""
-        with self._lock:
-            self._over = True
-            self._entries = {study: (*entry[:2], False) for study, entry in self._entries.items() if entry[1]}
-            if self._entries:
-                write_durably(self._path, json.dumps(self._entries))
-            else:
-                self._path.unlink(missing_ok=True)
-
-    def _change(self, study: BatchStudy, entry: tuple[str, int, bool] | None) -> None:
-        with self._lock:
-            if self._over:  # the reading thread is one study ahead when a run is stopped
-                return
-            kept = {name: value for name, value in self._entries.items() if name != study.study}
-            self._entries = {**kept, study.study: entry} if entry else kept
-            write_durably(self._path, json.dumps(self._entries))
-
-
 def _in_thread(work: Callable[[], T]) -> Future[T]:
     """Work in a thread of its own that never keeps the process from ending."""
     future: Future[T] = Future()
@@ -546,40 +364,6 @@ def _in_thread(work: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True, name="read ahead").start()
     return future
-
-
-def _cells(outcome: Outcome) -> tuple[object, ...]:
-    """A line of results.csv."""
-    detection = outcome.detection
-    first = detection.candidates[0] if detection and detection.candidates else None
-    extent = detection.extent_estimate if detection else None
-    model = detection.model if detection else None
-    return (
-        *(outcome.study, outcome.status, detection.probability if detection else None),
-        *(detection.positive if detection else None, outcome.message, outcome.problem),
-        " ".join(reason.code for reason in detection.reasons) if detection else None,
-        *((first.place, first.slice_index, first.z_mm, first.size_mm) if first else (None,) * 4),
-        len(detection.candidates) if detection and detection.status == "analysed" else None,
-        extent.volume_ml if extent else None,
-        *((model.name, model.version, model.trained, model.sha256) if model else (None,) * 4),
-        detection.image.sha256 if detection else None,
-        *(outcome.seconds, outcome.date, outcome.folder),
-    )
-
-
-def _csv_lines(rows: Iterable[Iterable[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        writer.writerow([_cell(value) for value in row])
-    return text.getvalue().encode()
-
-
-def _cell(value: object) -> object:
-    """A spreadsheet runs a text that begins like a formula: a study's name is no program."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 def _without_path(message: str, study: BatchStudy) -> str:
@@ -609,81 +393,3 @@ def _fingerprint(path: Path) -> str:
         except OSError:  # reading it will say what is wrong
             digest.update(f"{file.name}\0?\n".encode())
     return digest.hexdigest()
-
-
-def _studies_below(folder: Path, depth: int = 0) -> list[tuple[Path, str]]:
-    """Folders and files that are a study each, with the Study Instance UID ("" for a file) where it is known."""
-    try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError:  # reading the study says what is wrong
-        return []
-    names = {entry.name for entry in entries}
-    if depth > MAX_DEPTH or {"detection.json", RESULTS} & names:
-        return []
-    files = [entry for entry in entries if entry.is_file()]
-    volumes = [file for file in files if file.name.lower().endswith(SUFFIXES)]
-    plain = (file for file in files if file not in volumes and file.name.upper() != "DICOMDIR")
-    dicom = next((file for file in plain if _is_dicom(file)), None)
-    if dicom is not None:
-        return [(folder, _study_uid(dicom))]
-    below = [place for entry in entries if entry.is_dir() for place in _studies_below(entry, depth + 1)]
-    uids = {uid for _, uid in below}
-    if not volumes and len(uids) == 1 and "" not in uids:
-        return [(folder, uids.pop())]  # series of one study
-    return [(file, "") for file in volumes if not file.name.lower().endswith(".seg.nrrd")] + below
-
-
-def _is_dicom(file: Path) -> bool:
-    try:
-        return is_dicom(file)
-    except OSError:
-        return False
-
-
-def _study_uid(file: Path) -> str:
-    """Study Instance UID of a DICOM file; its path where it cannot be told, which no other study has."""
-    try:
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["StudyInstanceUID"], force=True)
-        return str(header.get("StudyInstanceUID") or file)
-    except Exception:  # pydicom raises nearly anything on damaged bytes; reading the study says what is wrong
-        return str(file)
-
-
-def _shared_studies(folder: Path, places: Sequence[tuple[Path, str]]) -> list[str]:
-    """What to say of series that lie beside those of other studies."""
-    count = Counter(uid for _, uid in places if uid)
-    said = []
-    for uid in (uid for uid in count if count[uid] > 1):
-        names = ", ".join(place.relative_to(folder).as_posix() for place, of in places if of == uid)
-        said.append(f"{names}: series of one study beside other studies; each is taken alone: pe-app import sorts them")
-    return said
-
-
-def _name(place: Path, root: Path) -> str:
-    """A study's name: that of its file or folder, with the folders between it and the one that was given."""
-    if place == root:
-        return root.resolve().name
-    relative = place.relative_to(root)
-    return "_".join((*relative.parts[:-1], _stem(relative) if place.is_file() else relative.name))
-
-
-def _stem(path: Path) -> str:
-    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
-    return path.name[: len(path.name) - len(suffix)] if suffix else path.resolve().name
-
-
-def _with_unique_names(studies: Sequence[BatchStudy]) -> tuple[BatchStudy, ...]:
-    """Studies of one name get the name of the folder above before it, then a number."""
-    taken: set[str] = set()
-    named = []
-    count = Counter(study.study for study in studies)
-    for study in studies:
-        name = study.study
-        if count[name] > 1:
-            name = f"{study.path.resolve().parent.name}_{name}"
-        unique, number = name, 2
-        while unique in taken:
-            unique, number = f"{name}_{number}", number + 1
-        taken.add(unique)
-        named.append(replace(study, study=unique))
-    return tuple(named)

@@ -13,7 +13,7 @@ from pe_app.common.files import write_durably
 from pe_app.common.schema import json_text
 from pe_app.ct.source_series import SOURCE
 from pe_app.model.detection import DETECTION
-from pe_app.results.worklist import RESULT
+from pe_app.results.outcome import RESULT
 
 
 def published_schemas() -> dict[str, str]:

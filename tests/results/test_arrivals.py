@@ -22,7 +22,8 @@ from pe_app.ct.volume_io import write_volume
 from pe_app.model.detector import Detector
 from pe_app.pacs.dicomweb import Access, Archive, Limits, Unavailable
 from pe_app.results.arrivals import Arrival, WatchedArchive, WatchedFolder, WatchSettings, watch
-from pe_app.results.batch import Outcome, run_batch
+from pe_app.results.batch import run_batch
+from pe_app.results.outcome import Outcome
 
 ONCE = WatchSettings(settle_s=0.0, once=True)
 

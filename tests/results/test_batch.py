@@ -23,7 +23,8 @@ from pe_app.ct.volume_io import write_volume
 from pe_app.model.detection import Detection, ImageIdentity, ModelIdentity
 from pe_app.model.detector import DetectionResult
 from pe_app.results import batch
-from pe_app.results.batch import BatchStudy, Finished, find_studies, run_batch
+from pe_app.results.batch import Finished, run_batch
+from pe_app.results.find_studies import BatchStudy, find_studies
 from pe_app.studies import Study, write_studies
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from small_series import detection_of, read_turned
-from test_worklist import DEMO, analysed, failed
+from test_worklist_page import DEMO, analysed, failed
 
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.ct.source_series import source_path, write_source

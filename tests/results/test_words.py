@@ -10,13 +10,13 @@ import pytest
 from matplotlib.text import Text
 from small_series import detection_of, read_turned
 from test_result_files import VOLUME, detection
-from test_worklist import CONTRAST, DEMO, UNTRAINED, Page, analysed, failed
+from test_worklist_page import CONTRAST, DEMO, UNTRAINED, Page, analysed, failed
 
 from pe_app.ct.volume import Volume, axial_affine
 from pe_app.model.detector import DetectionResult
 from pe_app.results.dicom import detection_objects
 from pe_app.results.result_files import review_page, write_result
-from pe_app.results.worklist import worklist_page
+from pe_app.results.worklist_page import worklist_page
 
 ROOT = Path(__file__).resolve().parents[2]
 BANNED = re.compile(r"\bfindings?\b|\bmeaningless\b", re.IGNORECASE)

@@ -15,7 +15,8 @@ from PIL import Image
 from pe_app.common.errors import InputError
 from pe_app.ct.quality import Reason
 from pe_app.model.detection import Candidate, Detection, Evidence, ExtentEstimate, ImageIdentity, ModelIdentity
-from pe_app.results.worklist import Outcome, Share, by_probability, worklist_page
+from pe_app.results.outcome import Outcome, Share, by_probability
+from pe_app.results.worklist_page import worklist_page
 
 DEMO = Reason("demo_model", "Model 'm' has never seen a real embolism.", refuses=False)
 UNTRAINED = Reason("untrained_model", "Neither stage is trained in model 'm'.", refuses=False)

@@ -11,121 +11,15 @@ import hashlib
 import html
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import quote
 
-from pe_app.common.schema import Schema
-from pe_app.model.detection import DETECTION, NOT_CLINICAL, NOTICE, Detection
+from pe_app.model.detection import NOT_CLINICAL, NOTICE, Detection
+from pe_app.results.outcome import Outcome, Share, by_probability
 from pe_app.results.result_files import THUMBNAILS
-
-Status = Literal["analysed", "refused", "failed"]
 
 LISTED_CANDIDATES = 3
 """Places that a line of the worklist names; the study's own page names all."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one study: a line of results.jsonl and of the worklist.
-
-    Attributes:
-        study: its name.
-        status: ``refused`` where the method is not made for it, ``failed`` where it could not be read or analysed.
-        message: why there is no number, in words; empty where there is one.
-        detection: the detection; None where it failed.
-        problem: what could not be done with the result, e.g. sending it; empty where all was done.
-        folder: where its files are, below the folder of all results; empty where there are none.
-        pictured: CT slices of thumbnails.jpg, from left to right.
-        fingerprint: of the source: it changes when the files do.
-        settings: SHA-256 of model, limits and options; with other ones the study is done again.
-        date: when it was done, ISO 8601 UTC.
-        seconds: of reading, analysing and writing; reading goes on beside the study before it.
-        known: done by an earlier run and not again.
-    """
-
-    study: str
-    status: Status
-    message: str = ""
-    detection: Detection | None = None
-    problem: str = ""
-    folder: str = ""
-    pictured: tuple[int, ...] = ()
-    fingerprint: str = ""
-    settings: str = ""
-    date: str = ""
-    seconds: float = 0.0
-    known: bool = False
-
-    @property
-    def not_clinical(self) -> str:
-        """The kind of model whose numbers are not a clinical result (``Detection.not_clinical``); else empty."""
-        return self.detection.not_clinical if self.detection else ""
-
-    @property
-    def kind(self) -> str:
-        """What the filter calls it: ``above`` or ``below`` the threshold, or ``none`` where it was not analysed."""
-        if self.detection is None or self.detection.probability is None:
-            return "none"
-        return "above" if self.detection.positive else "below"
-
-    def to_json(self) -> dict[str, object]:
-        """The line as plain JSON, schema ``pe-result/1``; ``known`` is of a run and left out."""
-        return RESULT.write(self)
-
-    @classmethod
-    def from_json(cls, payload: object) -> Outcome:
-        """The outcome that ``to_json`` wrote.
-
-        Raises:
-            InputError: naming the first value that is not as it must be, or a schema that is not known.
-        """
-        return RESULT.read(payload)
-
-
-RESULT = Schema(Outcome, "pe-result", 1, left_out=("known",), nested={"detection": DETECTION})  # type: ignore[dict-item]
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of the studies were analysed.
-
-    Attributes:
-        analysed, refused, failed: as they are counted.
-        waiting: studies that were given and not looked at yet.
-    """
-
-    analysed: int
-    refused: int
-    failed: int
-    waiting: int = 0
-
-    @classmethod
-    def of(cls, outcomes: Sequence[Outcome], total: int = 0) -> Share:
-        """The share of these outcomes, when ``total`` studies were given."""
-        count = Counter(outcome.status for outcome in outcomes)
-        return cls(count["analysed"], count["refused"], count["failed"], max(0, total - len(outcomes)))
-
-    def __str__(self) -> str:
-        done = self.analysed + self.refused + self.failed
-        return f"{self.analysed} of {done} analysed ({_percent(self.analysed, done)})"
-
-    @property
-    def details(self) -> str:
-        """What became of the others: ``2 refused, 1 failed, 4 waiting``; empty where there are none."""
-        others = {"refused": self.refused, "failed": self.failed, "waiting": self.waiting}
-        return ", ".join(f"{count} {word}" for word, count in others.items() if count)
-
-
-def by_probability(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Highest probability first; then those without one, by name."""
-
-    def key(outcome: Outcome) -> tuple[bool, float, str]:
-        probability = outcome.detection.probability if outcome.detection else None
-        return probability is None, -(probability or 0.0), outcome.study
-
-    return sorted(outcomes, key=key)
 
 
 def worklist_page(outcomes: Sequence[Outcome], out: Path, total: int = 0) -> str:
@@ -299,11 +193,6 @@ def _dates(outcomes: Sequence[Outcome]) -> str:
     if not dates:
         return "not yet"
     return f"{dates[-1]} UTC" if dates[0][:10] == dates[-1][:10] else f"{dates[0]} to {dates[-1]} UTC"
-
-
-def _percent(part: int, whole: int) -> str:
-    """Rounded down, so that 100% means all."""
-    return f"{100 * part // whole}%" if whole else "0%"
 
 
 _SCRIPT = """
