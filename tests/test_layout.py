@@ -40,6 +40,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "bundle",
     ),
     "annotation": ("record", "seg_nrrd", "sparse", "dicom_seg", "review"),
+    "public_data": (
+        *("found", "stored_order", "proof", "fumpe", "cadpe", "read", "rspect", "nnunet", "mask_pairs"),
+        *("sets", "run"),
+    ),
     "results": (
         *(
             "outcome",

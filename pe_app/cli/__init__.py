@@ -23,6 +23,7 @@ from pe_app.cli.encoding import encode
 from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.others import VerbsOfOthers
+from pe_app.cli.public_data import import_dataset
 from pe_app.cli.results import export_bundle, export_seg, import_seg
 from pe_app.cli.train import classifier, encoder, end_to_end
 from pe_app.cli.watching import watch
@@ -46,6 +47,7 @@ train_app.command()(end_to_end)
 app.add_typer(train_app, name="train")
 app.command()(encode)
 app.command("import")(import_)
+app.command()(import_dataset)
 app.command()(phantom)
 app.command()(label_reports)
 app.command()(evaluate)
