@@ -531,11 +531,17 @@ def _discrimination(analysed: Sequence[Prediction], threshold: float) -> Discrim
         return None
     scores = np.array([prediction.probability for prediction in analysed], dtype=np.float64)
     return Discrimination(
-        auc(truth, scores),
+        auc(truth, scores, patients=_patients(analysed)),
         operating_point(truth, scores, threshold),
         tuple(Sensitivity(wanted, at_specificity(truth, scores, wanted)) for wanted in SPECIFICITIES),
         calibration(truth, scores),
     )
+
+
+def _patients(analysed: Sequence[Prediction]) -> list[str] | None:
+    """Patients of the studies, where some have several studies and there are at least two patients."""
+    known = [prediction.study.patient or f"study {prediction.study.study}" for prediction in analysed]
+    return known if 1 < len(set(known)) < len(known) else None
 
 
 def _strata(analysed: Sequence[Prediction], threshold: float) -> tuple[Stratum, ...]:
@@ -662,6 +668,17 @@ def _notes(
         notes.append(f"{counts}: AUC, operating points and calibration need at least 2 of either kind.")
     elif min(positive, negative) < 20:
         notes.append(f"Only {counts}: DeLong intervals of so few are too narrow; do not rely on them.")
+    patients = {prediction.study.patient for prediction in analysed}
+    if len(analysed) > 1 and len(patients) == 1 and "" not in patients:
+        notes.append(
+            f"All {len(analysed)} studies are of one patient: intervals are those of this patient's studies and say "
+            "nothing about another one."
+        )
+    elif 1 < len(patients) < len(analysed):
+        notes.append(
+            f"The {len(analysed)} studies are of {len(patients)} patients: AUC intervals take that into account "
+            "(Obuchowski); those of accuracy, sensitivity and specificity do not and are too narrow."
+        )
     own = next((entry for entry in localisation if entry.system == MODEL), None)
     if own is None or own.studies == 0:
         notes.append("No mask of a positive study is known: where the model looks could not be judged.")
@@ -687,6 +704,7 @@ def _compare(first: ModelEvaluation, second: ModelEvaluation) -> Comparison:
         [prediction.positive for prediction in shared],
         np.array([prediction.probability for prediction in shared], dtype=np.float64),
         np.array([other[prediction.study.study] for prediction in shared], dtype=np.float64),
+        patients=_patients(shared),
     )
     return Comparison(first.name, second.name, len(shared), difference)
 

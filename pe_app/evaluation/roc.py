@@ -6,6 +6,7 @@ Everywhere ``truth`` is ``(studies,)`` of 0 and 1, ``scores`` is ``(studies,)`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,8 +80,8 @@ class Calibration:
     bins: tuple[CalibrationBin, ...]
 
 
-def auc(truth: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> Auc:
-    """Area under the ROC curve with DeLong's confidence interval.
+def auc(truth: ArrayLike, scores: ArrayLike, confidence: float = 0.95, patients: Sequence[str] | None = None) -> Auc:
+    """Area under the ROC curve with DeLong's confidence interval, or Obuchowski's where patients are given.
 
     Scores ``(runs, studies)`` of several trainings give the mean of their AUCs; its interval is that of the choice of
     studies and takes into account that the runs judged the same ones.
@@ -89,20 +90,30 @@ def auc(truth: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> Auc:
     positive and 1,643 negative studies). It shrinks to a point at a perfect AUC; trust it with dozens of studies of
     either kind, not with a handful. A tie between a positive and a negative counts one half.
 
-    Raises:
-        ValueError: if the shapes differ, a value is not finite, or a class has fewer than 2 studies.
+    Studies of one patient are alike: two of them say less than two of different patients, while a pair of the same
+    chest with and without embolism says more. ``patients``, one for each study, takes both into account.
 
-    Source: DeLong et al. 1988; fast algorithm: Sun and Xu 2014, IEEE Signal Processing Letters 21(11).
+    Raises:
+        ValueError: if the shapes differ, a value is not finite, or a class has fewer than 2 studies or patients.
+
+    Source: DeLong et al. 1988; fast algorithm: Sun and Xu 2014, IEEE Signal Processing Letters 21(11); clusters:
+    Obuchowski 1997, Biometrics 53(2).
     """
     labels, values = _checked_runs(truth, scores)
     value = float(np.mean([roc_auc_score(labels, run) for run in values]))
-    variance = float(np.atleast_2d(_delong_covariance(labels, values)).mean())
+    variance = float(np.atleast_2d(_covariance(labels, values, patients)).mean())
     margin = float(norm.ppf(0.5 + confidence / 2)) * variance**0.5
     return Auc(value, max(value - margin, 0.0), min(value + margin, 1.0), variance)
 
 
-def compare_aucs(truth: ArrayLike, first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> AucDifference:
-    """Paired DeLong test of whether two models differ in AUC on the same studies.
+def compare_aucs(
+    truth: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    confidence: float = 0.95,
+    patients: Sequence[str] | None = None,
+) -> AucDifference:
+    """Paired DeLong test of whether two models differ in AUC on the same studies; by patients as ``auc``.
 
     ``z = (AUC_1 - AUC_2) / sqrt(v_11 + v_22 - 2 v_12)``, two-sided. Models that order all studies alike have
     variance 0 and p-value 1. Scores ``(runs, studies)`` of several trainings compare the means of their AUCs; the test
@@ -116,7 +127,7 @@ def compare_aucs(truth: ArrayLike, first: ArrayLike, second: ArrayLike, confiden
     areas = np.array([roc_auc_score(labels, run) for run in runs])
     weights = np.repeat([1 / len(first_runs), -1 / len(second_runs)], [len(first_runs), len(second_runs)])
     difference = float(weights @ areas)
-    deviation = max(float(weights @ _delong_covariance(labels, runs) @ weights), 0.0) ** 0.5
+    deviation = max(float(weights @ _covariance(labels, runs, patients) @ weights), 0.0) ** 0.5
     margin = float(norm.ppf(0.5 + confidence / 2)) * deviation
     if deviation < 1e-12:
         p_value = 1.0 if abs(difference) < 1e-12 else 0.0
@@ -221,12 +232,17 @@ def fit_temperature(truth: ArrayLike, logits: ArrayLike) -> float:
     return float(np.exp(result.x))
 
 
-def _delong_covariance(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def _covariance(
+    labels: NDArray[np.bool_], scores: NDArray[np.float64], patients: Sequence[str] | None
+) -> NDArray[np.float64]:
     """Covariance ``(models, models)`` of the AUCs of ``scores`` ``(models, studies)``.
 
     Placement values from midranks instead of all pairs: with m positives and n negatives
     ``V10_i = (rank among all - rank among positives) / n`` and ``V01_j = 1 - (rank among all - rank among
     negatives) / m``; covariance ``S10 / m + S01 / n``. O((m + n) log(m + n)) instead of O(m n).
+
+    With patients (Obuchowski 1997) the deviations of a patient's studies are added up before they are squared, and a
+    patient with studies of both kinds adds ``2 S11 / (m n)``.
     """
     positives, negatives = int(labels.sum()), int((~labels).sum())
     ranks = rankdata(scores, axis=1)
@@ -234,9 +250,33 @@ def _delong_covariance(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -
     among_negatives = rankdata(scores[:, ~labels], axis=1)
     placement_positive = (ranks[:, labels] - among_positives) / negatives
     placement_negative = 1 - (ranks[:, ~labels] - among_negatives) / positives
-    return np.asarray(
-        np.atleast_2d(np.cov(placement_positive)) / positives + np.atleast_2d(np.cov(placement_negative)) / negatives
+    if patients is None:
+        of_positives, of_negatives = (np.atleast_2d(np.cov(one)) for one in (placement_positive, placement_negative))
+        return np.asarray(of_positives / positives + of_negatives / negatives)
+    names, patient = np.unique(np.asarray(patients), return_inverse=True)
+    if len(patient) != len(labels) or len(names) < 2:
+        raise ValueError(f"each study needs its patient, and at least 2 patients, got {len(names)} of {len(labels)}")
+
+    def summed(placement: NDArray[np.float64], of: NDArray[np.intp]) -> NDArray[np.float64]:
+        deviation = placement - placement.mean(1, keepdims=True)
+        return np.stack([np.bincount(of, row, minlength=len(names)) for row in deviation])
+
+    by_positives, by_negatives = (
+        summed(placement_positive, patient[labels]),
+        summed(placement_negative, patient[~labels]),
     )
+    with_positives, with_negatives = (len(np.unique(of)) for of in (patient[labels], patient[~labels]))
+    mixed = by_positives @ by_negatives.T * len(names) / (len(names) - 1) / (positives * negatives)
+    return np.asarray(
+        by_positives @ by_positives.T * _inflated(with_positives) / positives**2
+        + by_negatives @ by_negatives.T * _inflated(with_negatives) / negatives**2
+        + mixed
+        + mixed.T
+    )
+
+
+def _inflated(patients: int) -> float:
+    return patients / max(patients - 1, 1)
 
 
 def _checked_runs(truth: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:

@@ -188,3 +188,47 @@ def test_the_mean_auc_of_runs_varies_as_the_bootstrap_over_studies_says():
     assert found.variance**0.5 == pytest.approx(samples[:, 0].std(), rel=0.15)
     spread = (difference.high - difference.low) / 2 / 1.96
     assert spread == pytest.approx((samples[:, 0] - samples[:, 1]).std(), rel=0.15)
+
+
+def clustered_scores(
+    rng: np.random.Generator, patients: int, within: float
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """A pair of each patient, with and without embolism, whose scores share a part."""
+    shared = rng.normal(size=(patients, 1)) * within**0.5
+    scores = shared + rng.normal(size=(patients, 2)) * (1 - within) ** 0.5 + np.array([1.0, 0.0])
+    return np.tile([1, 0], patients), scores.ravel(), [str(k) for k in range(patients) for _ in range(2)]
+
+
+def test_with_a_patient_for_each_study_the_variance_is_that_of_delong():
+    rng = np.random.default_rng(0)
+    truth, scores, _ = clustered_scores(rng, 40, 0.5)
+    alone = [str(k) for k in range(80)]
+    other = scores + rng.normal(size=80)
+    assert auc(truth, scores, patients=alone).variance == pytest.approx(auc(truth, scores).variance, rel=1e-9)
+    assert compare_aucs(truth, scores, other, patients=alone).p_value == pytest.approx(
+        compare_aucs(truth, scores, other).p_value, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("within", [0.0, 0.7])
+def test_pairs_of_one_patient_have_the_variance_that_repeating_the_experiment_shows(within):
+    rng = np.random.default_rng(1)
+    drawn = [clustered_scores(rng, 50, within) for _ in range(600)]
+    found = [auc(truth, scores, patients=patients) for truth, scores, patients in drawn]
+    expected = np.var([one.value for one in found])
+    assert np.mean([one.variance for one in found]) == pytest.approx(expected, rel=0.15)
+    if within:  # pairs are compared with themselves: DeLong believes them far apart
+        assert np.mean([auc(truth, scores).variance for truth, scores, _ in drawn]) > 1.4 * expected
+
+
+def test_several_studies_of_a_patient_widen_the_interval():
+    rng = np.random.default_rng(2)
+    truth = np.repeat(np.tile([1, 0], 15), 6)
+    scores = np.repeat(rng.normal(size=30) + np.tile([1.0, 0.0], 15), 6) + 0.1 * rng.normal(size=180)
+    patients = [str(k) for k in range(30) for _ in range(6)]
+    assert auc(truth, scores, patients=patients).variance > 4 * auc(truth, scores).variance
+
+
+def test_one_patient_alone_has_no_interval():
+    with pytest.raises(ValueError, match="at least 2 patients"):
+        auc([1, 1, 0, 0], [0.9, 0.8, 0.3, 0.85], patients=["a"] * 4)
