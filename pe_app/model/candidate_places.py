@@ -73,9 +73,11 @@ class _Chest:
         # from the right lung leftwards, and from the left lung rightwards
         beside_right = np.maximum.accumulate(right, axis=2)
         beside_left = np.maximum.accumulate(left[:, :, ::-1], axis=2)[:, :, ::-1]
-        between = ndimage.binary_opening(beside_right & beside_left & ~right & ~left)
-        if not between.any():
+        gaps, count = ndimage.label(ndimage.binary_opening(beside_right & beside_left & ~right & ~left))
+        if count == 0:
             return None
+        # the largest gap is the mediastinum; another one is a nodule or a mass within a lung
+        between = gaps == 1 + int(np.bincount(gaps.ravel())[1:].argmax())
         signed = _distance_to(between, spacing_mm) - _distance_to(~between, spacing_mm)
         to_right, to_left = (_distance_to(side, spacing_mm) for side in sides)
         return cls(Volume(signed, affine), to_right, to_left)

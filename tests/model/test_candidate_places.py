@@ -16,7 +16,7 @@ ORIGIN = (-100.0, -150.0, -250.0)
 """The chest's middle is x 75 mm, the image's 100 mm, the scanner's 0: neither would tell the sides."""
 
 
-def chest(bridge: bool = False, left: bool = True, vessel: bool = False) -> tuple[Volume, Lungs]:
+def chest(bridge: bool = False, left: bool = True, vessel: bool = False, nodule: bool = False) -> tuple[Volume, Lungs]:
     """Two boxes of lung, 100 mm wide, with 100 mm of tissue between them."""
     volume = Volume(np.zeros(SHAPE, np.int16), axial_affine((SLICE_MM, PIXEL_MM, PIXEL_MM), ORIGIN))
     mask = np.zeros(SHAPE, bool)
@@ -26,6 +26,8 @@ def chest(bridge: bool = False, left: bool = True, vessel: bool = False) -> tupl
         mask[5:45, 20:23, 50:90] = True  # in front, where both touch
     if vessel:
         mask[20:24, 58:62, 25:29] = False  # 10 mm wide, 50 mm from the lung's inner border
+    if nodule:
+        mask[18:28, 50:66, 14:30] = False  # 40 mm wide, surrounded by the right lung
     return volume, Lungs(mask, (1, 1, 1), np.zeros(SHAPE[0]), SliceRange(5, 44))
 
 
@@ -56,6 +58,10 @@ def test_the_side_is_the_nearer_lungs_and_the_level_the_depth_into_it(bridge):
 
 def test_a_vessel_in_the_lung_is_no_tissue_between_the_lungs():
     assert told(chest(vessel=True), -32.5) == [("right", "peripheral")]
+
+
+def test_a_nodule_in_the_lung_is_peripheral():
+    assert told(chest(nodule=True), -50.0, -20.0) == [("right", "peripheral")] * 2
 
 
 def test_with_one_lung_neither_side_nor_level_is_said():
