@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 
 from pe_app.common.errors import InputError
 from pe_app.ct.lungs import SliceRange
-from pe_app.ct.volume import Volume
+from pe_app.ct.volume import PADDING_HU, Volume
 
 ENCODER_STRIDE = 16
 """Pixels of a slab per cell of the encoder's last map: 384 -> 24."""
@@ -27,6 +27,10 @@ MOST = 1000
 """Slabs, slices between them, slices in one: more is a damaged or hostile model file."""
 LARGEST_MATRIX = 2048
 LARGEST_HU = 32768.0
+SMALLEST_PIXEL_MM, LARGEST_PIXEL_MM = 0.2, 5.0
+
+BODY_HU = -300
+"""Above this a voxel is body, or the table under it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class SlabConfig:
             ``"physical"`` takes them ``spacing_mm`` apart round each of the 50 positions, as stage I does [ours].
         matrix: rows and columns that every slice is resampled to [ours].
         crop: rows and columns of the centre crop; a multiple of 16.
+        pixel_mm: size of a slab's pixels. None takes the paper's ``crop`` of ``matrix`` pixels, whatever they measure;
+            a size takes ``crop`` pixels of it round the middle of the body instead, and ``matrix`` plays no part: the
+            same anatomy then has the same size in every study [ours].
         hu_window: HU that become 0 and 1.
     """
 
@@ -52,6 +59,7 @@ class SlabConfig:
     slab_spacing: Literal["lung", "physical"] = "lung"
     matrix: int = 512
     crop: int = 384
+    pixel_mm: float | None = None
     hu_window: tuple[float, float] = (-1024.0, 500.0)
 
     def __post_init__(self) -> None:
@@ -60,6 +68,10 @@ class SlabConfig:
         sizes = (self.slab_count, self.slab_stride, self.slices_per_slab, self.matrix, self.crop)
         if min(sizes) < 1 or max(sizes[:3]) > MOST or self.matrix > LARGEST_MATRIX or not 0 < self.spacing_mm < MOST:
             raise ValueError(f"no study needs slabs of that number or size: {self}")
+        if self.pixel_mm is not None and not SMALLEST_PIXEL_MM <= self.pixel_mm <= LARGEST_PIXEL_MM:
+            raise ValueError(
+                f"pixel_mm must be from {SMALLEST_PIXEL_MM} to {LARGEST_PIXEL_MM} mm, or None, got {self.pixel_mm}"
+            )
         if self.slices_per_slab % 2 == 0 or self.slab_spacing not in ("lung", "physical"):
             raise ValueError(f"a slab needs a middle slice and a spacing of 'lung' or 'physical', got {self}")
         if not -LARGEST_HU <= self.hu_window[0] < self.hu_window[1] <= LARGEST_HU:
@@ -99,6 +111,19 @@ class Slabs:
         if maps.shape != expected:
             raise ValueError(f"expected maps of shape {expected}, got {maps.shape}")
         return Volume(maps, self.grid_affine, name)
+
+
+@dataclass(frozen=True)
+class CropPlane:
+    """Where a slab's pixels lie in a slice: pixel k is centred at CT index ``first + k * step``, along rows, columns.
+
+    Attributes:
+        step: CT pixels per pixel of a slab.
+        first: fractional CT index of the first pixel.
+    """
+
+    step: tuple[float, float]
+    first: tuple[float, float]
 
 
 def slab_at(volume: Volume, slice_index: int, config: SlabConfig) -> NDArray[np.float32]:
@@ -154,20 +179,39 @@ def study_slabs(volume: Volume, lung: SliceRange, config: SlabConfig) -> Slabs:
     return Slabs(pixels, grid_affine, nearest, z_mm)
 
 
-def mask_crop(mask: NDArray[np.generic], config: SlabConfig) -> NDArray[np.float32]:
-    """One slice's mask ``(rows, columns)`` on the pixels of a slab, ``(crop, crop)``, above 0 where the mask is."""
-    cropped: NDArray[np.float32] = _in_plane(np.asarray(mask != 0)[None], config)[0]
+def crop_plane(volume: Volume, config: SlabConfig) -> CropPlane:
+    """Where the pixels of a study's slabs lie in its slices."""
+    if config.pixel_mm is None:
+        return _centre_crop(volume.shape[1:], config)
+    steps = [config.pixel_mm / mm for mm in volume.spacing_mm[1:]]
+    middles = _middle_of_body(volume)
+    firsts = [middle - (config.crop - 1) / 2 * step for middle, step in zip(middles, steps, strict=True)]
+    return CropPlane((steps[0], steps[1]), (firsts[0], firsts[1]))
+
+
+def mask_crop(mask: NDArray[np.generic], config: SlabConfig, plane: CropPlane | None = None) -> NDArray[np.float32]:
+    """One slice's mask ``(rows, columns)`` on the pixels of a slab, ``(crop, crop)``, above 0 where the mask is.
+
+    Args:
+        mask: of one slice.
+        config: the settings.
+        plane: of the mask's CT (``crop_plane``); needed with ``pixel_mm`` only.
+    """
+    plane = plane or _centre_crop(mask.shape, config)
+    cropped: NDArray[np.float32] = _in_plane(np.asarray(mask != 0)[None], plane, config, outside=0.0)[0]
     return cropped
 
 
-def attention_target(mask: NDArray[np.generic], config: SlabConfig) -> NDArray[np.float32]:
-    """The cells of the attention map that a slice's mask covers: ``(grid, grid)``, 0 or 1.
+def attention_target(
+    mask: NDArray[np.generic], config: SlabConfig, plane: CropPlane | None = None
+) -> NDArray[np.float32]:
+    """The cells of the attention map that a slice's mask covers: ``(grid, grid)``, 0 or 1; arguments as ``mask_crop``.
 
     Reduced with antialiased bilinear interpolation, every value above 0 becomes 1: slightly larger than the embolism
     on purpose (section 2.2 of the paper). Plain bilinear interpolation would sample single points and lose small
     emboli. Empty only where the mask lies outside the centre crop.
     """
-    cropped = torch.from_numpy(mask_crop(mask, config))[None, None]
+    cropped = torch.from_numpy(mask_crop(mask, config, plane))[None, None]
     reduced = F.interpolate(cropped, (config.grid, config.grid), mode="bilinear", antialias=True)
     return (reduced[0, 0] > 0).numpy().astype(np.float32)
 
@@ -211,7 +255,8 @@ def _slab_weights(centres: NDArray[np.float64], volume: Volume, config: SlabConf
 def _weighted_slices(volume: Volume, weights: csr_array, config: SlabConfig) -> NDArray[np.float32]:
     """Weighted sums of CT slices ``(len(weights), crop, crop)``, windowed to 0..1; only the slices used are read."""
     used = np.unique(weights.indices)
-    planes = _in_plane(volume.voxels[used], config)
+    plane = crop_plane(volume, config)
+    planes = _in_plane(volume.voxels[used], plane, config, outside=PADDING_HU)
     mixed: NDArray[np.float32] = weights[:, used].astype(np.float32) @ planes.reshape(len(used), -1)
     low, high = config.hu_window
     np.clip(mixed, low, high, out=mixed)
@@ -220,8 +265,31 @@ def _weighted_slices(volume: Volume, weights: csr_array, config: SlabConfig) -> 
     return np.reshape(mixed, (-1, config.crop, config.crop))
 
 
-def _in_plane(planes: NDArray[np.generic], config: SlabConfig) -> NDArray[np.float32]:
-    """Slices ``(n, rows, columns)`` resampled to the matrix and cropped to their centre: ``(n, crop, crop)``."""
+def _centre_crop(shape: tuple[int, ...], config: SlabConfig) -> CropPlane:
+    if config.pixel_mm is not None:
+        raise ValueError("with pixel_mm the crop lies where the body is: give the CT's crop_plane")
+    margin = (config.matrix - config.crop) // 2
+    down, across = (size / config.matrix for size in shape)  # extents preserved
+    return CropPlane((down, across), ((margin + 0.5) * down - 0.5, (margin + 0.5) * across - 0.5))
+
+
+def _middle_of_body(volume: Volume) -> tuple[float, float]:
+    """Row and column of the body's centre of mass, over all slices; the middle of the image where there is no body."""
+    slices = max(1, volume.shape[0] // 24)
+    rows, columns = (max(1, round(4 / mm)) for mm in volume.spacing_mm[1:])
+    body = np.greater(volume.voxels[::slices, ::rows, ::columns], BODY_HU).sum(0)
+    if not body.any():
+        return (volume.shape[1] - 1) / 2, (volume.shape[2] - 1) / 2
+    across, down = body.sum(0), body.sum(1)
+    row, column = (float(np.average(np.arange(len(sums)), weights=sums)) for sums in (down, across))
+    return row * rows, column * columns
+
+
+def _in_plane(planes: NDArray[np.generic], plane: CropPlane, config: SlabConfig, outside: float) -> NDArray[np.float32]:
+    """Slices ``(n, rows, columns)`` resampled and cropped: ``(n, crop, crop)``, ``outside`` beyond the image."""
+    if config.pixel_mm is not None:
+        along_rows = _resampled(planes.astype(np.float32), 1, plane.first[0], plane.step[0], config.crop, outside)
+        return _resampled(along_rows, 2, plane.first[1], plane.step[1], config.crop, outside)
     margin = (config.matrix - config.crop) // 2
     if planes.shape[1:] == (config.matrix, config.matrix):
         return planes[:, margin : margin + config.crop, margin : margin + config.crop].astype(np.float32)
@@ -230,14 +298,33 @@ def _in_plane(planes: NDArray[np.generic], config: SlabConfig) -> NDArray[np.flo
     return resampled[:, 0, margin : margin + config.crop, margin : margin + config.crop].numpy()
 
 
+def _resampled(
+    planes: NDArray[np.float32], axis: int, first: float, step: float, count: int, outside: float
+) -> NDArray[np.float32]:
+    """Linear interpolation along one axis at ``first + k * step``; over a whole new pixel where that is larger."""
+    reach, size = max(step, 1.0), planes.shape[axis]
+    centres = first + np.arange(count) * step
+    start = np.floor(centres - reach).astype(np.int64) + 1
+    taps = start[:, None] + np.arange(int(np.ceil(2 * reach)) + 1)
+    weights = np.clip(1 - np.abs(taps - centres[:, None]) / reach, 0, None)
+    weights /= weights.sum(1, keepdims=True)
+    weights[(taps < 0) | (taps >= size)] = 0
+    shape = (1, count, 1) if axis == 1 else (1, 1, count)
+    missing = (outside * (1 - weights.sum(1))).astype(np.float32).reshape(shape)
+    total: NDArray[np.float32] = np.take(planes, np.zeros(count, np.int64), axis) * np.float32(0) + missing
+    for tap, weight in zip(np.clip(taps, 0, size - 1).T, weights.T.astype(np.float32), strict=True):
+        if weight.any():
+            total += np.take(planes, tap, axis) * weight.reshape(shape)
+    return total
+
+
 def _grid_to_index(volume: Volume, centres: NDArray[np.float64], config: SlabConfig) -> NDArray[np.float64]:
     """``(4, 4)``: cell (slab, row, column) of the maps to fractional CT index (slice, row, column), at cell centres."""
-    margin = (config.matrix - config.crop) // 2
+    plane = crop_plane(volume, config)
     matrix = np.eye(4)
     matrix[0, 0] = centres[1] - centres[0]
     matrix[0, 3] = centres[0]
-    for axis in (1, 2):
-        pixel = volume.shape[axis] / config.matrix  # CT pixels per resampled pixel, extents preserved
-        matrix[axis, axis] = ENCODER_STRIDE * pixel
-        matrix[axis, 3] = (margin + ENCODER_STRIDE / 2) * pixel - 0.5
+    for axis, (step, first) in enumerate(zip(plane.step, plane.first, strict=True), start=1):
+        matrix[axis, axis] = ENCODER_STRIDE * step
+        matrix[axis, 3] = first + (ENCODER_STRIDE - 1) / 2 * step
     return matrix

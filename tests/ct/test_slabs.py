@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pe_app.common.errors import InputError
 from pe_app.ct.lungs import SliceRange
-from pe_app.ct.slabs import SlabConfig, attention_target, slab_at, study_slabs
+from pe_app.ct.slabs import SlabConfig, attention_target, crop_plane, slab_at, study_slabs
 from pe_app.ct.volume import Volume, axial_affine
 
 SMALL = SlabConfig(matrix=64, crop=48)
@@ -151,3 +151,57 @@ def test_a_window_without_values_between_its_ends_is_refused(window):
 def test_settings_of_a_damaged_or_hostile_model_are_refused(size):
     with pytest.raises(ValueError, match="no study needs"):
         SlabConfig(**size)
+
+
+def striped_body(pixel_mm: float, matrix: int, middle: tuple[float, float]) -> Volume:
+    """A round body of 40 HU and 60 mm radius, round ``middle`` (mm), with a bright rod 20 mm to the left of it."""
+    row, column = np.meshgrid(*[np.arange(matrix) * pixel_mm] * 2, indexing="ij")
+    away = np.hypot(row - middle[0], column - middle[1])
+    plane = np.where(away < 60, 40, -1000)
+    plane[np.hypot(row - middle[0], column - middle[1] + 20) < 4] = 400
+    voxels = np.broadcast_to(plane, (30, matrix, matrix)).astype(np.int16)
+    return Volume(voxels, axial_affine((2.5, pixel_mm, pixel_mm), (0.0, 0.0, 0.0)))
+
+
+@pytest.mark.parametrize(("pixel_mm", "matrix", "middle"), [(0.5, 400, (100, 100)), (1.0, 220, (90, 130))])
+def test_with_a_pixel_size_the_same_body_fills_the_same_pixels_wherever_it_lies(pixel_mm, matrix, middle):
+    config = SlabConfig(crop=192, pixel_mm=1.0, slab_spacing="physical")
+    volume = striped_body(pixel_mm, matrix, middle)
+    slab = slab_at(volume, 15, config)
+    hu = slab[2] * 1524 - 1024
+    assert np.count_nonzero(hu > -400) == pytest.approx(np.pi * 60**2, rel=0.02)
+    rod = np.argwhere(hu > 250)
+    np.testing.assert_allclose(rod.mean(0), (95.5, 75.5), atol=1.5)
+    np.testing.assert_allclose(hu[0], -1000, atol=30)  # beyond the image is air
+
+    slabs = study_slabs(volume, SliceRange(3, 26), config)
+    cells = slabs.pixels[:, 2].reshape(50, 12, 16, 12, 16).max((2, 4))
+    found = slabs.to_volume(cells).to_lps_mm(np.unravel_index(cells.argmax(), cells.shape))
+    assert np.abs(found[:2] - np.array([middle[1] - 20, middle[0]])).max() <= 8 + 4 + 1
+
+
+def test_the_target_of_a_mask_follows_the_crop_of_a_pixel_size():
+    config = SlabConfig(crop=192, pixel_mm=1.0)
+    volume = striped_body(0.5, 400, (100, 100))
+    mask = np.zeros((400, 400), np.uint8)
+    mask[196:205, 156:165] = 1  # where the rod is
+    target = attention_target(mask, config, crop_plane(volume, config))
+    assert {(int(row), int(column)) for row, column in np.argwhere(target)} <= {(5, 4), (6, 4), (5, 5), (6, 5)}
+    with pytest.raises(ValueError, match="crop_plane"):
+        attention_target(mask, config)
+
+
+def test_fine_pixels_are_averaged_and_coarse_ones_interpolated():
+    rng = np.random.default_rng(0)
+    voxels = np.full((30, 300, 300), 40, np.int16) + rng.integers(-200, 200, (30, 300, 300)).astype(np.int16)
+    volume = Volume(voxels, axial_affine((2.5, 0.5, 0.5), (0.0, 0.0, 0.0)))
+    config = SlabConfig(crop=64, pixel_mm=1.0)
+    slab = slab_at(volume, 15, config)[2] * 1524 - 1024
+    # weights 1/8, 3/8, 3/8, 1/8 leave 20/64 of the variance in each direction, 1/4, 1/2, 1/4 leave 24/64
+    assert 0.97 * 20 / 64 < slab.std() / voxels.std() < 1.03 * 24 / 64
+
+
+@pytest.mark.parametrize("pixel_mm", [0.0, -1.0, float("nan"), 50.0])
+def test_no_pixel_has_such_a_size(pixel_mm):
+    with pytest.raises(ValueError, match="pixel_mm"):
+        SlabConfig(pixel_mm=pixel_mm)

@@ -22,7 +22,7 @@ from pe_app.common.errors import InputError
 from pe_app.common.files import replacing
 from pe_app.common.progress import ProgressCallback, silent
 from pe_app.ct.lungs import lung_range
-from pe_app.ct.slabs import SlabConfig, attention_target, slab_at
+from pe_app.ct.slabs import SlabConfig, attention_target, crop_plane, slab_at
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import read_volume
 from pe_app.training.datasets.cache import (
@@ -291,11 +291,12 @@ def _embolism_targets(source: StudySource, config: SlabConfig, not_outlined: boo
             f"study {name}: its label is 'negative', but slice {indices[0]} is marked 'embolism': correct one of them"
         )
     targets = {}
+    plane = crop_plane(read_volume(source.study.path), config) if config.pixel_mm else None
     for index in indices:
         if index not in annotation.masks:
             targets[index] = np.full((config.grid, config.grid), UNKNOWN, np.int8)
             continue
-        target = attention_target(annotation.masks[index], config).astype(np.int8)
+        target = attention_target(annotation.masks[index], config, plane).astype(np.int8)
         if target.any():
             targets[index] = target
         else:
