@@ -48,7 +48,7 @@ ENCODER = {
 }  # fmt: skip
 CLASSIFIER = {
     "epochs": 6, "batch": 4, "learning_rate": 1e-4, "schedule": "cosine", "fresh_statistics": True,
-    "evidence_start": True, "synthetic": True,
+    "pooled": True, "synthetic": True,
 }  # fmt: skip
 
 

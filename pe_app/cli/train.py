@@ -194,9 +194,9 @@ def classifier(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
     schedule: Annotated[LearningRate, typer.Option(help="Of the learning rate.")] = LearningRate.CONSTANT,
     fresh_statistics: Statistics = False,
-    evidence_start: Annotated[
+    pooled: Annotated[
         bool,
-        typer.Option("--evidence-start", help="Begin with averaging stage I's evidence: for few studies."),
+        typer.Option("--pooled", help="Weigh stage I's strongest cells by logistic regression: for few studies."),
     ] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Features, as 'encode' makes them. [default: in the run folder]")
@@ -222,7 +222,7 @@ def classifier(
         learning_rate=learning_rate,
         schedule=schedule.value,
         fresh_statistics=fresh_statistics,
-        evidence_start=evidence_start,
+        pooled=pooled,
         precision=precision.value,
         workers=reading_ahead(workers),
         seed=seed,

@@ -214,6 +214,8 @@ def find_candidates(
     grid: Volume,
     slice_index: Sequence[int],
     threshold: float = CANDIDATE_THRESHOLD,
+    *,
+    at_least_one: bool = False,
 ) -> tuple[Candidate, ...]:
     """Connected regions (26 neighbours) of ``attention * slab probability`` at or above a threshold, strongest first.
 
@@ -223,8 +225,11 @@ def find_candidates(
         grid: the coarse grid in patient space (``Slabs.to_volume``).
         slice_index: CT slice of every slab.
         threshold: above 0, at most 1.
+        at_least_one: where nothing reaches the threshold, the strongest cell is a candidate all the same.
     """
     weighted = attention * slab_probability[:, None, None]
+    if at_least_one and 0 < weighted.max() < threshold:
+        threshold = float(weighted.max())
     regions = candidate_regions(weighted, threshold)
     cell_mm = np.array(grid.spacing_mm)
     cell_ml = float(cell_mm.prod()) / 1000

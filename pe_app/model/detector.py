@@ -36,7 +36,7 @@ from pe_app.ct.volume import Volume
 from pe_app.model.candidate_places import place_candidates
 from pe_app.model.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
 from pe_app.model.slab_encoder import EncoderConfig, SlabEncoder, normalised
-from pe_app.model.study_classifier import ClassifierConfig, StudyClassifier
+from pe_app.model.study_classifier import Classifier, ClassifierConfig, build_classifier
 
 FORMAT = "pe-detector/1"
 METADATA = "detector"
@@ -221,7 +221,7 @@ class Detector:
     """
 
     encoder: SlabEncoder
-    classifier: StudyClassifier
+    classifier: Classifier
     slabs: SlabConfig = field(default_factory=SlabConfig)
     card: ModelCard = field(default_factory=ModelCard)
     limits: QualityLimits = field(default_factory=QualityLimits)
@@ -242,7 +242,7 @@ class Detector:
         classifier = classifier or ClassifierConfig(feature_channels=8 * encoder.width, grid=slabs.grid)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(SlabEncoder(encoder), StudyClassifier(classifier), slabs)
+            return cls(SlabEncoder(encoder), build_classifier(classifier), slabs)
 
     @classmethod
     def load(cls, path: str | Path) -> Detector:
@@ -332,10 +332,14 @@ class Detector:
             probability = self.classify(features)
         with _timed(seconds, "attention"):
             raw = self.attention(features)
-            detection_maps = normalised(torch.from_numpy(raw)).numpy()
+            detection_maps = self.maps(features)
             evidence = _evidence(slabs, raw, slab_probability)
             grid = slabs.to_volume(detection_maps)
-            found = find_candidates(detection_maps, slab_probability, grid, slabs.slice_index.tolist())
+            # a study is never positive without a place to look at
+            positive = probability >= self.decision.threshold
+            found = find_candidates(
+                detection_maps, slab_probability, grid, slabs.slice_index.tolist(), at_least_one=positive
+            )
             candidates = place_candidates(found, volume, lungs)
             extent = estimate_extent(detection_maps, slab_probability, grid)
             weighted = np.rint(255 * detection_maps * slab_probability[:, None, None]).astype(np.uint8)
@@ -388,6 +392,19 @@ class Detector:
         maps = torch.cat([self.encoder.attention_map(slab[None].float()) for slab in features])
         values: NDArray[np.float32] = maps.cpu().numpy()
         return values
+
+    @torch.inference_mode()
+    def maps(self, features: Tensor) -> NDArray[np.float32]:
+        """Maps ``(slabs, grid, grid)`` from 0 to 1 that times the slab's probability say where to look.
+
+        The attention map divided by its own maximum. Where the strongest cells decide (``strongest_cells``) attention
+        is read through the decision itself: each cell's own probability over that of the slab's strongest one, in the
+        same order as attention.
+        """
+        if not self.encoder.config.strongest_cells:
+            return normalised(torch.from_numpy(self.attention(features))).numpy()
+        maps = torch.cat([self.encoder.cell_logits(slab[None].float()).sigmoid() for slab in features])
+        return normalised(maps).cpu().numpy()
 
     def refuse_unread(self, error: UnfitStudy) -> Detection:
         """The refusal of a study whose files are whole but make no CT that could be looked at."""
@@ -451,7 +468,7 @@ def _from_metadata(path: Path, metadata: Mapping[str, str]) -> Detector:
         with torch.device("meta"):
             return Detector(
                 SlabEncoder(EncoderConfig(**settings["encoder"])),
-                StudyClassifier(ClassifierConfig(**settings["classifier"])),
+                build_classifier(ClassifierConfig(**settings["classifier"])),
                 SlabConfig(**slabs),
                 ModelCard(**card),
                 decision=Decision(**settings.get("decision", {})),

@@ -13,17 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pe_app.model.slab_encoder import SlabEncoder
 from pe_app.model.winograd import Conv3x3
 
-OPEN = 3.0
-"""Bias of a gate that is nearly open; its negative nearly shuts one."""
+POOLED_NUMBERS = (
+    "strongest cell",
+    "mean of 5",
+    "mean of 50",
+    "mean of 5 slabs",
+    "in two slabs",
+    "log of cells above 0",
+)
+"""What ``PooledClassifier`` weighs of a study."""
 
-RARE, SLOPE = 20.0, 0.1
-"""Where a classifier starts from evidence: so many standard deviations above the mean lies what later units pass on,
-about as high as the few cells that show an embolism; and how steeply they do."""
-
-EVIDENCE_WEIGHT, EVIDENCE_OFFSET = 15.0, -1.2
-"""Of the mean evidence in the logit; the offset puts the border between the two halves of simulated studies."""
+RIDGE = 1.0
+"""Of its weights: keeps numbers that say nearly the same from pulling against each other."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class ClassifierConfig:
             where the descending one reads the ascending one's output. The paper can be read both ways [ours].
         channel_dropout: share of whole channels dropped from inputs and recurrent states, for a whole sequence.
         head_dropout: share of numbers dropped before the last linear unit.
+        kind: ``"convlstm"``, the paper's; or ``"pooled"``, a logistic regression on a few numbers of stage I's
+            strongest cells (``PooledClassifier``), for as few labelled studies as no ConvLSTM learns from [ours].
     """
 
     feature_channels: int = 512
@@ -46,10 +52,13 @@ class ClassifierConfig:
     directions: Literal["parallel", "serial"] = "parallel"
     channel_dropout: float = 0.2
     head_dropout: float = 0.5
+    kind: Literal["convlstm", "pooled"] = "convlstm"
 
     def __post_init__(self) -> None:
         if self.grid % 4 or min(self.grid, self.feature_channels, self.filters) < 1:
             raise ValueError(f"the grid is halved twice and nothing may be empty, got {self}")
+        if self.kind not in ("convlstm", "pooled"):
+            raise ValueError(f"kind must be 'convlstm' or 'pooled', got {self.kind!r}")
         if self.directions not in ("parallel", "serial"):
             raise ValueError(f"directions must be 'parallel' or 'serial', got {self}")
 
@@ -80,28 +89,91 @@ class StudyClassifier(nn.Module):
         logits: Tensor = (seen * self.fc.weight[0]).sum(1) + self.fc.bias  # a product that autocast does not shorten
         return logits
 
+
+class PooledClassifier(nn.Module):
+    """Stage II for few labelled studies: a few numbers of stage I's strongest cells, weighed by logistic regression.
+
+    The numbers (``pooled_numbers``) come from the logit of every cell, which is stage I's own head. Nothing else is
+    learned than their weights, so that tens of studies suffice and no more is claimed than that.
+    """
+
+    cell_weight: Tensor
+    cell_bias: Tensor
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("cell_weight", torch.zeros(config.feature_channels))
+        self.register_buffer("cell_bias", torch.zeros(()))
+        self.register_buffer("centre", torch.zeros(len(POOLED_NUMBERS)))
+        self.register_buffer("scale", torch.ones(len(POOLED_NUMBERS)))
+        self.fc = nn.Linear(len(POOLED_NUMBERS), 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits ``(batch,)``, of features as ``StudyClassifier`` takes them."""
+        numbers = (self.numbers(features) - self.centre) / self.scale
+        logits: Tensor = (numbers * self.fc.weight[0]).sum(1) + self.fc.bias
+        return logits
+
     @torch.no_grad()
-    def start_from_evidence(self, weight: Tensor, threshold: float, clear: float) -> None:
-        """Begin with a classifier that averages stage I's evidence over the study instead of knowing nothing [ours].
+    def read_cells_as(self, encoder: SlabEncoder) -> None:
+        """Take over stage I's head, which turns the features of a cell into its logit."""
+        self.cell_weight.copy_(encoder.fc.weight[1] - encoder.fc.weight[0])
+        self.cell_bias.copy_(encoder.fc.bias[1] - encoder.fc.bias[0])
 
-        One filter of every ConvLSTM passes on how far a cell's evidence ``weight f`` lies above the threshold, and the
-        head adds these up. All else keeps its random weights, the head's a tenth of them.
+    @torch.no_grad()
+    def numbers(self, features: Tensor) -> Tensor:
+        """``(batch, len(POOLED_NUMBERS))`` of features ``(batch, slabs, feature_channels, grid, grid)``."""
+        cells = torch.einsum("bschw,c->bshw", features.to(self.fc.weight.dtype), self.cell_weight) + self.cell_bias
+        return pooled_numbers(cells)
 
-        Args:
-            weight: ``(feature_channels,)``, stage I's ``w_embolism - w_none``.
-            threshold: of a cell's evidence, above which little lies in studies without embolism.
-            clear: a higher value, that a clear embolism reaches.
+    @torch.no_grad()
+    def fit(self, numbers: Tensor, positive: Tensor, ridge: float = RIDGE) -> None:
+        """Logistic regression on numbers ``(studies, len(POOLED_NUMBERS))`` and labels ``(studies,)``, 0 or 1.
+
+        Newton's method on standardised numbers; ``ridge`` times half the squared weights is added to the summed loss.
+        Both labels weigh as much as half of the studies, whatever their number.
         """
-        weight, offset = weight / (clear - threshold), -threshold / (clear - threshold)
-        for lstm in (module for module in self.modules() if isinstance(module, ConvLSTM)):
-            lstm.pass_on(weight, offset)
-            ways = len(lstm.directions)  # the next one reads the first filter of each of them
-            weight, offset = torch.zeros(ways * self.config.filters), -SLOPE * RARE
-            weight[:: self.config.filters] = SLOPE / ways
-        positions = (self.config.grid // 4) ** 2
-        self.fc.weight *= 0.1
-        self.fc.weight[0].view(-1, positions)[:: self.config.filters] = EVIDENCE_WEIGHT / (positions * ways)
-        self.fc.bias.fill_(EVIDENCE_OFFSET)
+        numbers, positive = numbers.double(), positive.double()
+        self.centre.copy_(numbers.mean(0))
+        self.scale.copy_(numbers.std(0).clamp(min=1e-3))
+        x = torch.cat([(numbers - self.centre) / self.scale, torch.ones(len(numbers), 1, dtype=torch.float64)], 1)
+        share = positive.mean().clamp(1e-3, 1 - 1e-3)
+        weight = torch.where(positive > 0, 0.5 / share, 0.5 / (1 - share))
+        penalty = torch.diag(torch.tensor([ridge] * (x.shape[1] - 1) + [1e-6], dtype=torch.float64))
+        solution = torch.zeros(x.shape[1], dtype=torch.float64)
+        for _ in range(50):
+            chance = (x @ solution).sigmoid()
+            slope = x.T @ (weight * (chance - positive)) + penalty @ solution
+            curve = x.T @ (x * (weight * chance * (1 - chance))[:, None]) + penalty
+            step = torch.linalg.solve(curve, slope)
+            solution -= step * min(1.0, 2.0 / float(step.abs().max().clamp(min=1e-12)))
+            if step.abs().max() < 1e-9:
+                break
+        self.fc.weight.copy_(solution[None, :-1])
+        self.fc.bias.copy_(solution[-1:])
+
+
+def pooled_numbers(cells: Tensor) -> Tensor:
+    """Six numbers of a study's cells, ``(batch, slabs, rows, columns)`` logits: see ``POOLED_NUMBERS``."""
+    batch, slabs = cells.shape[:2]
+    peaks = cells.flatten(2).amax(2)  # of every slab
+    ordered = cells.flatten(1).sort(1, descending=True).values
+    strongest_slabs = peaks.sort(1, descending=True).values[:, : min(5, slabs)].mean(1)
+    # an embolus is seen from two slabs in a row: at one cell or its neighbours
+    wide = F.max_pool2d(cells.flatten(0, 1)[:, None], 3, 1, 1).view_as(cells)
+    pairs = torch.maximum(torch.minimum(cells[:, 1:], wide[:, :-1]), torch.minimum(cells[:, :-1], wide[:, 1:]))
+    lasting = (pairs if slabs > 1 else cells).flatten(1).amax(1)
+    many = torch.log1p((cells > 0).flatten(1).sum(1).to(cells.dtype))
+    means = [ordered[:, :count].mean(1) for count in (1, 5, 50)]
+    return torch.stack([*means, strongest_slabs, lasting, many], 1).view(batch, len(POOLED_NUMBERS))
+
+
+def build_classifier(config: ClassifierConfig) -> Classifier:
+    """The network of a kind."""
+    return PooledClassifier(config) if config.kind == "pooled" else StudyClassifier(config)
 
 
 class ConvLSTM(nn.Module):
@@ -173,24 +245,6 @@ class ConvLSTM(nn.Module):
             states.append(state)
         return torch.stack(states if direction == "ascending" else states[::-1], 1)
 
-    @torch.no_grad()
-    def pass_on(self, weight: Tensor, offset: float) -> None:
-        """Let the first filter of each direction show ``tanh(weight x + offset)`` of every place, without memory.
-
-        Args:
-            weight: ``(channels,)``.
-            offset: added before the hyperbolic tangent.
-        """
-        ways, kernel = len(self.directions), self.input_gates.weight.shape[1:]
-        filters = self.norm.num_features // ways
-        gates = self.input_gates.weight.view(ways, 4, filters, *kernel)
-        gates[:, :, 0] = 0
-        gates[:, 3, 0, :, 1, 1] = weight
-        bias = torch.tensor([OPEN, -OPEN, OPEN, offset])  # write, forget, read, candidate
-        self.input_gates.bias.view(ways, 4, filters)[:, :, 0] = bias  # type: ignore[union-attr]
-        for direction in self.directions:
-            self.state_gates[direction].weight.view(4, filters, filters, 3, 3)[:, 0] = 0  # type: ignore[operator]
-
     def _channel_mask(self, like: Tensor, channels: int) -> Tensor:
         """``(batch, channels, 1, 1)``: 0 for dropped channels, ``1 / (1 - dropout)`` for the others."""
         return F.dropout(like.new_ones(len(like), channels, 1, 1), self.dropout)
@@ -210,3 +264,7 @@ def _pooled(sequence: Tensor) -> Tensor:
     """2 x 2 max-pooling of rows and columns; slabs stay apart."""
     pooled = F.max_pool2d(sequence.flatten(0, 1), 2)
     return pooled.reshape(*sequence.shape[:2], *pooled.shape[1:])
+
+
+Classifier = StudyClassifier | PooledClassifier
+"""Either kind of stage II."""

@@ -139,6 +139,8 @@ def train_end_to_end(
     base = Detector.load(model).to(device)
     if base.card.classifier is None:
         raise InputError(f"model {model}: its stage II is not trained: train both stages first")
+    if not isinstance(base.classifier, StudyClassifier):
+        raise InputError(f"model {model}: its stage II is pooled evidence: train stage II without --pooled first")
     joint = JointNetwork(base.encoder, base.classifier)
     usable = [study for study in split(studies, settings) if study.label in LABELS and study.split in SIDES]
     check_labels(usable)

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -30,7 +30,7 @@ from pe_app.ct.slabs import SlabConfig
 from pe_app.model.detector import Detector, ModelCard, TrainingRecord
 from pe_app.model.losses import AttentionLoss, attention_loss
 from pe_app.model.slab_encoder import EncoderConfig, SlabEncoder
-from pe_app.model.study_classifier import ClassifierConfig
+from pe_app.model.study_classifier import ClassifierConfig, PooledClassifier
 from pe_app.studies import Label, Split, Study, patient_sha256, split_studies
 from pe_app.training.datasets import (
     IN_THIS_PROCESS,
@@ -124,8 +124,9 @@ class ClassifierTraining:
     """How stage II is trained. The defaults are the paper's (section 3.1); fields are as in stage I, and one more.
 
     Attributes:
-        evidence_start: begin with a classifier that averages stage I's evidence instead of one that knows nothing,
-            where studies are too few to learn anew what stage I knows already [ours].
+        pooled: weigh a few numbers of stage I's strongest cells by logistic regression (``PooledClassifier``) instead
+            of training a ConvLSTM: for as few labelled studies as a ConvLSTM cannot learn from [ours]. Nothing but
+            ``validation_fraction`` and ``seed`` then matters, there is one epoch.
     """
 
     learning_rate: float = 1e-4
@@ -134,7 +135,7 @@ class ClassifierTraining:
     validation_fraction: float = 0.2
     schedule: Schedule = "constant"
     fresh_statistics: bool = False
-    evidence_start: bool = False
+    pooled: bool = False
     precision: Precision = "auto"
     workers: int = 0
     seed: int = 0
@@ -285,7 +286,9 @@ def train_classifier(
     if base.card.encoder is None:
         raise InputError(f"model {encoder}: its encoder is not trained: train stage I first")
     base.precision = settings.precision
-    network = network or base.classifier.config
+    network = replace(network or base.classifier.config, kind="pooled" if settings.pooled else "convlstm")
+    if settings.pooled:
+        settings = replace(settings, epochs=1, learning_rate=1e-30)  # the loop only measures: no weight moves by that
     start = Detector.untrained(settings.seed, base.slabs, base.encoder.config, network)
     classifier = start.classifier.to(device)
 
@@ -302,9 +305,9 @@ def train_classifier(
             files = encode_sources(base.to(device), sources, kept, run.report, preparation)
             train, validation = (labelled_studies(usable, files, side) for side in SIDES)
             check_apart(train.files, validation.files)
-            if settings.evidence_start and not run.state.history:
-                none, embolism = base.encoder.fc.weight.detach().cpu()
-                classifier.start_from_evidence(embolism - none, *train.evidence_scale(embolism - none))
+            if isinstance(classifier, PooledClassifier) and not run.state.history:
+                classifier.read_cells_as(base.encoder)
+                classifier.fit(*train.pooled_numbers(classifier))
 
             def score(items: StudyItem, _: torch.Generator | None) -> Columns:
                 return score_studies(classifier, items, settings)

@@ -271,3 +271,23 @@ def test_densenets_attention_is_grad_cam():
     (gradient,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), features)
     expected = (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu()
     assert torch.allclose(network.attention_map(features), expected)
+
+
+def test_the_strongest_cells_decide_and_grad_cam_by_autograd_agrees_with_the_closed_form():
+    torch.manual_seed(0)
+    config = EncoderConfig(slices_per_slab=3, width=4, strongest_cells=3)
+    encoder = SlabEncoder(config).double().eval()
+    features = torch.rand(2, 32, 6, 6, dtype=torch.float64, requires_grad=True)
+    logits = encoder.logits(features)
+    difference = logits[:, 1] - logits[:, 0]
+    cells = torch.einsum("bchw,c->bhw", features, encoder.fc.weight[1] - encoder.fc.weight[0])
+    cells = cells + encoder.fc.bias[1] - encoder.fc.bias[0]
+    torch.testing.assert_close(difference, cells.flatten(1).topk(3).values.mean(1))
+    (slope,) = torch.autograd.grad(difference.sum(), features)
+    grad_cam = (slope.mean((2, 3), keepdim=True) * features).sum(1).relu()
+    torch.testing.assert_close(encoder.attention_map(features), grad_cam)
+
+
+def test_no_network_asks_fewer_cells_than_none():
+    with pytest.raises(ValueError, match="strongest_cells"):
+        EncoderConfig(strongest_cells=-1)

@@ -1,10 +1,17 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pe_app.model.study_classifier import ClassifierConfig, ConvLSTM, StudyClassifier
+from pe_app.model.study_classifier import (
+    POOLED_NUMBERS,
+    ClassifierConfig,
+    ConvLSTM,
+    PooledClassifier,
+    StudyClassifier,
+)
 
 SMALL = ClassifierConfig(feature_channels=6, grid=8, filters=4)
 DIRECTIONS = ("ascending", "descending")
@@ -196,38 +203,67 @@ def test_every_parameter_learns():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_filter_that_passes_on_shows_its_own_place_and_keeps_a_twentieth_of_what_was():
-    lstm = small_lstm(DIRECTIONS).float()
-    weight = torch.tensor([0.5, -1.0, 2.0])
-    lstm.pass_on(weight, -0.3)
-    sequence = torch.randn(1, 4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
-    shown = lstm(sequence)[0, :, ::4, 3, 2].detach()  # the first of 4 filters of each direction
-    evidence = torch.tanh(sequence[0, :, :, 3, 2] @ weight - 0.3)
-    for direction, order in enumerate(([0, 1, 2, 3], [3, 2, 1, 0])):
-        cell = torch.zeros(())
-        for position in order:
-            cell = torch.sigmoid(torch.tensor(-3.0)) * cell + torch.sigmoid(torch.tensor(3.0)) * evidence[position]
-            state = torch.sigmoid(torch.tensor(3.0)) * torch.tanh(cell)
-            assert shown[position, direction] == pytest.approx(float(state / (1 + 1e-5) ** 0.5), abs=1e-5)
+def study_of_cells(amount: int, weight: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Features of a study with so many cells of evidence 4, ``(10, 6, 8, 8)``, in two slabs in a row."""
+    features = torch.zeros(10, 6, 8, 8)
+    for place in torch.randperm(9 * 64, generator=draw)[:amount].tolist():
+        for slab in (place // 64, place // 64 + 1):
+            features[slab, :, place // 8 % 8, place % 8] = 4 * weight / (weight @ weight)
+    return features
 
 
-@pytest.mark.parametrize("directions", ["parallel", "serial"])
-def test_a_classifier_that_starts_from_evidence_ranks_studies_by_how_much_of_it_they_hold(directions):
-    for seed in range(5):
-        draw = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
-        classifier = StudyClassifier(ClassifierConfig(6, 8, 4, directions, channel_dropout=0, head_dropout=0))
-        weight = torch.randn(6, generator=draw)
-        classifier.start_from_evidence(weight, threshold=1.0, clear=3.0)
-        amounts = [0, 1, 2, 4, 8]
-        studies = torch.zeros(len(amounts), 10, 6, 8, 8)
-        for study, amount in zip(studies, amounts, strict=True):
-            for place in torch.randperm(10 * 4 * 4, generator=draw)[
-                :amount
-            ].tolist():  # each in a pooled cell of its own
-                study[place // 16, :, 2 * (place // 4 % 4), 2 * (place % 4)] = 4 * weight / (weight @ weight)
-        logits = classifier(studies).tolist()
-        assert sorted(logits) == logits
+def pooled_classifier(weight: torch.Tensor, bias: float = 0.0) -> PooledClassifier:
+    classifier = PooledClassifier(ClassifierConfig(6, 8, kind="pooled"))
+    classifier.cell_weight.copy_(weight)
+    classifier.cell_bias.fill_(bias)
+    return classifier
+
+
+def test_the_numbers_of_a_pooled_classifier_are_those_of_numpy():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, generator=draw)
+    features = torch.randn(2, 10, 6, 8, 8, generator=draw)
+    numbers = pooled_classifier(weight, -1.0).numbers(features).numpy()
+    cells = np.einsum("bschw,c->bshw", features.numpy(), weight.numpy()) - 1
+    for found, study in zip(numbers, cells, strict=True):
+        ordered = np.sort(study.ravel())[::-1]
+        padded = np.pad(study, ((0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
+        neighbours = [(slab, other) for slab in range(10) for other in (slab - 1, slab + 1) if 0 <= other < 10]
+        lasting = max(
+            min(study[slab, row, column], padded[other, row : row + 3, column : column + 3].max())
+            for slab, other in neighbours
+            for row, column in np.ndindex(8, 8)
+        )
+        slabs = np.sort(study.reshape(10, -1).max(1))[-5:].mean()
+        expected = [ordered[0], ordered[:5].mean(), ordered[:50].mean(), slabs, lasting, np.log1p((study > 0).sum())]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pooled_classifier_is_the_logistic_regression_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    draw = np.random.default_rng(0)
+    labels = draw.random(60) < 0.4
+    numbers = draw.normal(size=(60, len(POOLED_NUMBERS))) * 3 + labels[:, None] * draw.normal(size=6) + 5
+    classifier = PooledClassifier(ClassifierConfig(6, 8, kind="pooled")).double()
+    classifier.fit(torch.from_numpy(numbers), torch.from_numpy(labels.astype(float)), ridge=1.0)
+    standardised = (numbers - numbers.mean(0)) / numbers.std(0, ddof=1)
+    theirs = sklearn.LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10, max_iter=10000)
+    theirs.fit(standardised, labels)
+    np.testing.assert_allclose(classifier.fc.weight.detach()[0], theirs.coef_[0], atol=1e-4)
+    assert float(classifier.fc.bias) == pytest.approx(float(theirs.intercept_[0]), abs=1e-4)
+
+
+def test_a_pooled_classifier_ranks_studies_by_their_evidence_after_a_few_of_them():
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(6, generator=draw)
+    classifier = pooled_classifier(weight, -2.0)
+    amounts = [0, 0, 0, 0, 1, 2, 3, 5]
+    studies = torch.stack([study_of_cells(amount, weight, draw) for amount in amounts])
+    studies += 0.05 * torch.randn(studies.shape, generator=draw)
+    classifier.fit(classifier.numbers(studies), torch.tensor([float(amount > 0) for amount in amounts]))
+    fresh = torch.stack([study_of_cells(amount, weight, draw) for amount in (0, 1, 8)])
+    none, one, many = classifier(fresh).tolist()
+    assert none < 0 < one < many
 
 
 def test_cached_float16_features_are_read_as_they_are():

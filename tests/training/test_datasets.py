@@ -23,7 +23,6 @@ from pe_app.training.datasets import (
     AnnotatedSlabs,
     Augmentation,
     Preparation,
-    PreparedFile,
     SlabItem,
     StudyFeatures,
     TwinSlabs,
@@ -34,6 +33,7 @@ from pe_app.training.datasets import (
     prepare_slabs,
     read_sources,
 )
+from pe_app.training.datasets.cache import PreparedFile
 
 
 def prepared(studies: tuple[Study, ...], cache: Path, seed: int = 0, config: SlabConfig = SLABS) -> AnnotatedSlabs:
@@ -654,19 +654,3 @@ def test_a_study_that_cannot_be_used_stops_no_other_where_that_is_wanted(studies
     files = encode_sources(detector, (*sources[:2], bad, sources[3]), tmp_path, refused=said.append)
     assert [file.study for file in files] == ["study0", "study1", "study3"]
     assert str(said[0]).startswith("study study2: ")
-
-
-def test_the_scale_of_evidence_comes_from_cells_of_negative_studies_and_peaks_of_positive_ones(tmp_path):
-    draw = np.random.default_rng(0)
-    weight = draw.normal(size=3).astype(np.float32)
-    files, labels, scores = [], [0, 1, 0, 1, 1], []
-    for number, label in enumerate(labels):
-        features = draw.random((4, 3, 8, 8)).astype(np.float16)
-        features[2, :, 3, 4] += (label * 5 * weight / (weight @ weight)).astype(np.float16)
-        np.save(tmp_path / f"{number}.npy", features)
-        files.append(PreparedFile(str(number), f"{number:064x}", tmp_path / f"{number}.npy"))
-        scores.append(np.einsum("c,schw->shw", weight, features.astype(np.float64)).ravel())
-    threshold, clear = StudyFeatures(files, labels).evidence_scale(torch.from_numpy(weight))
-    negative = np.sort(np.concatenate([scores[0], scores[2]]))
-    assert np.count_nonzero(negative > threshold) == 2 * 6
-    assert clear == pytest.approx(sorted(scores[number].max() for number in (1, 3, 4))[1], rel=1e-3)

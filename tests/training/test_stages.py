@@ -28,6 +28,7 @@ from pe_app.ct.volume_io import read_volume
 from pe_app.model.detector import Detector
 from pe_app.model.losses import AttentionLoss, attention_loss
 from pe_app.model.slab_encoder import EncoderConfig, SlabEncoder
+from pe_app.model.study_classifier import PooledClassifier, StudyClassifier
 from pe_app.studies import Study
 from pe_app.training import run as training_run
 from pe_app.training.datasets import SlabItem, StudyItem, prepare_slabs, read_sources
@@ -158,6 +159,23 @@ def test_stage_two_learns_from_labels_and_leaves_the_encoder_alone(studies, stag
     assert not same(detector.classifier, stage1.detector.classifier)
     assert detector.card.trained
     assert detector.card.encoder == stage1.detector.card.encoder
+
+
+def test_pooled_evidence_tells_studies_apart_after_one_epoch_and_survives_its_file(studies, stage1, tmp_path):
+    settings = ClassifierTraining(pooled=True, epochs=9, precision="float32")
+    detector = train_classifier(studies, stage1.out, tmp_path / "model.safetensors", settings=settings)
+    rows = Trained(detector, tmp_path / "model.safetensors", []).rows
+    assert len(rows) == 1
+    assert rows[0]["loss"] < 0.6  # ln 2 knows nothing
+    assert isinstance(detector.classifier, PooledClassifier)
+    loaded = Detector.load(tmp_path / "model.safetensors")
+    assert isinstance(loaded.classifier, PooledClassifier)
+    assert same(loaded.classifier, detector.classifier)
+    # trained again without the option it is the paper's stage II
+    again = train_classifier(
+        studies, tmp_path / "model.safetensors", tmp_path / "b.safetensors", settings=QUICK_CLASSIFIER
+    )
+    assert isinstance(again.classifier, StudyClassifier)
 
 
 def test_one_step_of_training_is_one_step_of_adam_on_the_mean_loss(studies, tmp_path):

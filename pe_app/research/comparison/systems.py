@@ -63,7 +63,7 @@ class Plan:
 
     def baseline(self, batch: int, epochs: int) -> ClassifierTraining:
         """The training of a 3D network: all but its length is that of stage II."""
-        return replace(self.classifier, epochs=epochs, batch=batch, evidence_start=False)
+        return replace(self.classifier, epochs=epochs, batch=batch, pooled=False)
 
 
 def small_plan(matrix: int = 256, crop: int = 192, slab_count: int = 16) -> Plan:

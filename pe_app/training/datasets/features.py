@@ -23,12 +23,10 @@ from pe_app.ct.lungs import lung_range
 from pe_app.ct.slabs import SlabConfig, Slabs, study_slabs
 from pe_app.ct.volume_io import read_volume
 from pe_app.model.detector import Detector
+from pe_app.model.study_classifier import PooledClassifier
 from pe_app.studies import Study
 from pe_app.training.datasets.cache import IN_THIS_PROCESS, Entry, Preparation, PreparedFile, holds, image_of, prepare
 from pe_app.training.datasets.sources import StudySource, read_sources
-
-STRAY_CELLS = 6
-"""Cells of a study without embolism that may look like it, of 28,800."""
 
 
 class StudyItem(NamedTuple):
@@ -59,28 +57,13 @@ class StudyFeatures(Dataset[StudyItem]):
         features = np.load(self.files[index].path, mmap_mode="r")
         return StudyItem(torch.from_numpy(np.array(features)), torch.tensor(int(self.labels[index])))
 
-    def evidence_scale(self, weight: Tensor, most: int = 32) -> tuple[float, float]:
-        """Between what values of ``weight f`` cells of these studies begin to look like embolism and clearly do.
-
-        Args:
-            weight: ``(channels,)``, stage I's ``w_embolism - w_none``.
-            most: studies of each label that are looked at.
-
-        Returns:
-            the value that ``STRAY_CELLS`` of a negative study exceed on average, and the median of the positive
-            studies' maxima, which is larger.
-        """
-        negative, positive = (
-            [self._evidence(int(index), weight) for index in np.flatnonzero(self.labels == label)[:most]]
-            for label in (0, 1)
-        )
-        threshold = float(np.quantile(negative, 1 - STRAY_CELLS / len(negative[0])))
-        clear = float(np.median([evidence.max() for evidence in positive]))
-        return threshold, max(clear, threshold + 0.1 * abs(threshold) + 1e-6)
-
-    def _evidence(self, index: int, weight: Tensor) -> NDArray[np.float32]:
-        features = np.load(self.files[index].path, mmap_mode="r")
-        return np.concatenate([np.tensordot(weight.numpy(), slab.astype(np.float32), 1).ravel() for slab in features])
+    def pooled_numbers(self, classifier: PooledClassifier) -> tuple[Tensor, Tensor]:
+        """What a pooled classifier weighs of every study, ``(studies, numbers)``, and their labels."""
+        device = classifier.fc.weight.device
+        numbers = [
+            classifier.numbers(torch.from_numpy(np.load(file.path))[None].to(device)).cpu()[0] for file in self.files
+        ]
+        return torch.stack(numbers), torch.from_numpy(np.array(self.labels))
 
 
 def encode_studies(
