@@ -59,7 +59,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "evaluation": ("roc", "localisation", "study_localisation", "predictions", "evaluate", "pictures", "report"),
     "training": ("datasets", "run", "loop", "stages", "fine_tuning", "calibration"),
-    "phantom": ("anatomy", "vessels", "raster", "emboli", "scan", "painting", "studies"),
+    "phantom": (
+        *("anatomy", "vessels", "raster", "emboli", "scan", "painting"),
+        *("trees", "clots", "chest", "rendering", "tree_studies", "studies"),
+    ),
     "research": ("benchmark", "baselines", "comparison", "demo", "bench", "starter"),
     "cli": (),
 }

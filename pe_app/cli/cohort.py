@@ -39,6 +39,9 @@ def phantom(
                                                   "ones in central and lobar arteries, as a first check that a "
                                                   "detector finds what nobody would miss. [default: mixed, large with "
                                                   "--benchmark, whose share of tiny ones stays]")] = None,
+    vessels: Annotated[Path | None, typer.Option(help="Folder of real patients' vessel masks, NAME.nii.gz (1 artery, 2 "
+                                                      "vein) and NAME_lungmask.nii.gz: studies of these trees, bent "
+                                                      "anew, with clots of real size.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core]")] = None,
 ) -> None:  # fmt: skip
     """Simulated enhanced chest CT with emboli of known place, annotated as a reader would, and their study list."""
@@ -50,6 +53,8 @@ def phantom(
     processes = workers or os.cpu_count() or 1
     if not benchmark and studies is None:
         raise InputError("how many studies? Say --studies 8, or --benchmark for the benchmark")
+    if vessels and (benchmark or matrix or spacing_mm or burden):
+        raise InputError("--vessels decides matrix, spacing and clots itself: leave out the options for them")
     with progress_bars() as progress:
         if benchmark:
             matrix = matrix or 256
@@ -60,7 +65,7 @@ def phantom(
             study_list = write_benchmark(out, config, seed, progress, processes)
         else:
             made = PhantomConfig(matrix=matrix or 512, spacing_mm=spacing_mm, burden=(burden or Burden.MIXED).value)
-            study_list = write_phantom_studies(out, studies or 0, seed, made, progress, processes)
+            study_list = write_phantom_studies(out, studies or 0, seed, made, progress, processes, vessels)
     typer.echo(f"Study list: {study_list}. Volumes to serve: {out / 'volumes'}")
 
 

@@ -15,6 +15,8 @@ from pe_app.common.worker_pool import Processes
 from pe_app.ct.volume_io import write_volume
 from pe_app.phantom.anatomy import Patient
 from pe_app.phantom.scan import PhantomConfig, make_phantom
+from pe_app.phantom.tree_studies import make_tree_phantom
+from pe_app.phantom.trees import tree_names
 from pe_app.studies import Label, Study, write_studies
 
 Made = TypeVar("Made")
@@ -36,6 +38,7 @@ def write_phantom_studies(
     config: PhantomConfig | None = None,
     progress: ProgressCallback = silent,
     workers: int = 1,
+    vessels: Path | None = None,
 ) -> Path:
     """Write simulated studies, every other one with emboli, and return their study list.
 
@@ -51,13 +54,18 @@ def write_phantom_studies(
         config: matrix, spacing, how much clot.
         progress: told after every study; may raise ``Cancelled``.
         workers: processes.
+        vessels: folder of real patients' vessel masks (``trees``): studies are of these trees, bent anew, at 2.5 mm and
+            0.7 mm, with clots of real size; matrix, spacing and burden of ``config`` then play no part.
+
+    Raises:
+        InputError: if ``vessels`` holds no patient, or one that cannot be used.
     """
+    trees = tree_names(vessels) if vessels else ()
     config = config or PhantomConfig()
     for folder in ("volumes", "masks", "annotations"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    listed = made_in(
-        workers, partial(_write_study, out, seed=seed, config=config), studies, "simulate studies", progress
-    )
+    make = partial(_write_study, out, seed=seed, config=config, vessels=vessels, trees=trees)
+    listed = made_in(workers, make, studies, "simulate studies", progress)
     path = out / "studies.csv"
     write_studies([listed[number] for number in range(studies)], path)
     return path
@@ -78,19 +86,26 @@ def made_in(
     return made
 
 
-def _write_study(out: Path, number: int, seed: int, config: PhantomConfig) -> Study:
+def _write_study(
+    out: Path, number: int, seed: int, config: PhantomConfig, vessels: Path | None, trees: tuple[str, ...]
+) -> Study:
     """Make one study; its last file is the volume, so that a study with a volume is complete."""
     name = f"phantom_{seed}_{number:04d}"
     rng = np.random.default_rng((seed, number))
     positive = number % 2 == 0
     label: Label = "positive" if positive else "negative"
     annotated = rng.random() < (ANNOTATED_POSITIVE if positive else ANNOTATED_NEGATIVE)
+    # a tree is a patient: the studies go round the trees, so that each comes with emboli and without
+    tree = trees[number // 2 % len(trees)] if trees else None
     patient_number = _patient_number(seed, number)
     path, mask_path = out / "volumes" / f"{name}.nrrd", out / "masks" / f"{name}.nrrd"
     annotation = out / "annotations" / f"{name}.json" if annotated else None
     if not path.exists():
-        patient = Patient.draw(np.random.default_rng((seed, patient_number, 1)))
-        phantom = make_phantom(rng, config, positive=positive, patient=patient)
+        if vessels and tree:
+            phantom = make_tree_phantom(vessels, tree, rng, positive)
+        else:
+            patient = Patient.draw(np.random.default_rng((seed, patient_number, 1)))
+            phantom = make_phantom(rng, config, positive=positive, patient=patient)
         if positive:
             write_volume(phantom.emboli_mask, mask_path)
         if annotation:
@@ -98,7 +113,7 @@ def _write_study(out: Path, number: int, seed: int, config: PhantomConfig) -> St
             reviewed = SparseAnnotation.from_mask(phantom.volume, phantom.emboli_mask, schedule, READER, READ_AT)
             reviewed.write(annotation, phantom.volume)
         write_volume(phantom.volume, path)
-    return Study(name, path, f"patient_{seed}_{patient_number:04d}", label, annotation)
+    return Study(name, path, tree or f"patient_{seed}_{patient_number:04d}", label, annotation)
 
 
 def _patient_number(seed: int, number: int) -> int:

@@ -1,5 +1,6 @@
-"""The recipe of the model that ships: ``python -m pe_app.research.starter`` (``__main__.py``).
+"""The recipe of the model that ships: ``python -m pe_app.research.starter`` (``__main__``).
 
-Backgrounds to paint into (``backgrounds``), twins with and without emboli (``twins``), what a clot looks like cell by
-cell (``cells``), both stages of the method, and what held-out studies say in the end (``figures``).
+What windows are cut from (``ingredients``), windows with clots and their twins (``windows``), cell by cell what a clot
+looks like (``lesson``), whole studies (``whole_studies``), what is made of them (``figures``), and the file
+(``publish``).
 """

@@ -1,144 +1,191 @@
-"""The recipe of the model that ships: twins with and without emboli, simulated and painted, both stages, figures.
+"""The recipe of the model that ships, in three steps that each resume where they were interrupted.
 
-``python -m pe_app.research.starter --work DIR --background CT[,ARTERIES] ... --slices FOLDER ... --out FILE``
+    python -m pe_app.research.starter ingredients DATA --vessels DIR --enhanced CT ... --slices DIR --plain DIR
+    python -m pe_app.research.starter learn DATA RUN --held-out NAME ...
+    python -m pe_app.research.starter publish DATA RUN OUT --calibrate NAME ... --test NAME ...
 
-Every step goes on where it was interrupted. The model has never seen a real embolism, and its card says so.
+The model has never seen a real embolism, and its card says so.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field, replace
-from functools import partial
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import SimpleITK as sitk
+import torch
 import typer
 
 import pe_app
 from pe_app.cli.options import progress_bars
-from pe_app.model.detector import Detector, ModelCard
-from pe_app.research.starter.cells import CellTraining, train_cells
-from pe_app.research.starter.figures import held_out_figures
-from pe_app.research.starter.twins import painted_twins, phantom_twins, slice_twins, write_all
-from pe_app.studies import Study, write_studies
-from pe_app.training.datasets import Augmentation
-from pe_app.training.stages import ClassifierTraining, EncoderTraining, train_classifier, train_encoder
+from pe_app.common.errors import InputError
+from pe_app.ct.volume_io import image_from_volume, read_volume
+from pe_app.model.detector import STARTER_MODEL, Detector, ModelCard, TrainingRecord
+from pe_app.model.winograd import choose
+from pe_app.phantom.trees import tree_names
+from pe_app.research.starter.figures import figures
+from pe_app.research.starter.ingredients import bright_vessels, on_grid, write_drawn, write_real
+from pe_app.research.starter.lesson import LessonSettings, find_patients, flat_settings, learn
+from pe_app.research.starter.publish import calibrated, prepared_pairs, seen_pairs, study_probability
+from pe_app.research.starter.windows import SLICES, Patient, WindowSettings, WindowSource
 
-changed = partial(Augmentation, flip=True, shift_cells=2, jitter_hu=30)
-TWINS = EncoderTraining(twins=True, fresh_statistics=True, schedule="cosine", augment=True, seed=1)
-EVERYWHERE = replace(
-    TWINS, twins=False, epochs=1, batch=6, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()
-)
+app = typer.Typer(no_args_is_help=True, help=__doc__, add_completion=False)
+KINDS = ("drawn", "real")
+SETS = ("real_0", "real_1", "real_2", "small_0")
+"""Sets of clots of each patient that calibrate or measure."""
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How much of what goes into the starter model.
-
-    Attributes:
-        phantoms: simulated patients, each with emboli and without; every sixth validates.
-        variations: of each real background, each with painted emboli and without; they train.
-        slice_variations: of each real single slice, likewise; they teach stage I only. Every fourth slice validates.
-        held_out: simulated patients, and variations of each held-out background, that are only looked at in the end.
-        cells: what a clot looks like, before stage I.
-        stages: stage I on twins: on windows, then on whole slabs.
-        everywhere: stage I in the end, half of the slabs without emboli from anywhere in the lungs: twins are alike at
-            the heights of emboli only, and say nothing of what lies above and below.
-        classifier: stage II.
-    """
-
-    phantoms: int = 40
-    variations: int = 16
-    slice_variations: int = 4
-    held_out: int = 10
-    seed: int = 2027
-    cells: CellTraining = field(default_factory=CellTraining)
-    stages: tuple[EncoderTraining, ...] = (
-        replace(
-            TWINS, epochs=4, batch=6, learning_rate=3e-4, attention_weight=0.5, augmentation=changed(window_cells=12)
-        ),
-        replace(TWINS, epochs=2, batch=3, learning_rate=1e-4, attention_weight=0.5, augmentation=changed()),
-    )
-    everywhere: EncoderTraining = EVERYWHERE
-    classifier: ClassifierTraining = field(
-        default_factory=lambda: ClassifierTraining(
-            epochs=2, batch=4, learning_rate=3e-5, schedule="cosine", fresh_statistics=True, evidence_start=True, seed=1
-        )
-    )
+POOL = 10
+"""Batches to validate on, of each kind."""
 
 
-def main(
-    work: Annotated[Path, typer.Option(help="Studies, runs and features; about 40 GB.")],
-    out: Annotated[Path, typer.Option(help="The published model.")],
-    background: Annotated[list[str], typer.Option(help="Enhanced CT to paint into: CT or CT,ARTERIES.")] = [],  # noqa: B006
-    slices: Annotated[list[Path], typer.Option(help="Folder of enhanced single slices to paint into.")] = [],  # noqa: B006
-    held_out: Annotated[list[str], typer.Option(help="Enhanced CT, painted and only looked at in the end.")] = [],  # noqa: B006
+@app.command()
+def ingredients(
+    data: Annotated[Path, typer.Argument(help="Gets a folder for each patient.")],
+    vessels: Annotated[Path | None, typer.Option(help="Vessel trees: NAME.nii.gz and NAME_lungmask.nii.gz.")] = None,
+    enhanced: Annotated[list[Path], typer.Option(help="Enhanced chest CT.")] = [],  # noqa: B006
+    slices: Annotated[Path | None, typer.Option(help="Folder of single enhanced slices.")] = None,
+    plain: Annotated[Path | None, typer.Option(help="Folder of single slices without contrast.")] = None,
 ) -> None:
-    """Make the studies, train both stages, measure on held-out studies, publish in half precision."""
-    recipe = Recipe()
+    """What windows are cut from, on a grid of 2.5 x 0.7 x 0.7 mm; a patient takes a minute."""
+    for name in tree_names(vessels) if vessels else ():
+        if not _complete(data / "drawn" / name):
+            typer.echo(name)
+            write_drawn(vessels or Path(), name, data / "drawn")
+    for path in enhanced:
+        name = path.name.partition(".")[0].replace("_", "-")
+        if not _complete(data / "real" / name):
+            typer.echo(name)
+            hu = on_grid(image_from_volume(read_volume(path)))
+            write_real(name, hu, bright_vessels(hu), data / "real")
+    for folder, contrast in ((slices, True), (plain, False)):
+        for path in sorted(file for file in folder.rglob("*") if file.is_file()) if folder else ():
+            name = path.stem.replace("_", "-")
+            if not _complete(data / "real" / name):
+                _write_flat(name, path, contrast, data / "real")
+
+
+@app.command("learn")
+def learn_cells(
+    data: Annotated[Path, typer.Argument(help="Ingredients.")],
+    run: Annotated[Path, typer.Argument(help="Gets checkpoint, running mean and log.")],
+    held_out: Annotated[list[str], typer.Option(help="Patients that are left out and validate.")] = [],  # noqa: B006
+    start: Annotated[Path, typer.Option(help="Model whose stage I to begin with.")] = STARTER_MODEL,
+    steps: Annotated[int, typer.Option(min=1, help="Batches in all.")] = LessonSettings().steps,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = LessonSettings().learning_rate,
+    hours: Annotated[float, typer.Option(min=0, help="Stop with a checkpoint after so long.")] = 1000.0,
+) -> None:
+    """Stage I, cell by cell. The same call resumes."""
+    torch.set_num_threads(1)
+    settings = replace(LessonSettings(), steps=steps, learning_rate=learning_rate)
+    pools = {}
+    for kind in KINDS:
+        apart = [data / kind / name for name in held_out if _complete(data / kind / name)]
+        if apart:
+            windows = replace(WindowSettings(), varied=kind == "drawn", scale=(1.0, 1.0))
+            source = WindowSource([Patient(path) for path in apart], settings.seed, windows)
+            pools[kind] = [source.batch() for _ in range(POOL)]
+    weights = Detector.load(start).encoder.cpu().state_dict()
+    folders = [data / kind for kind in KINDS]
+    learn(run, folders, held_out, weights, settings, pools, time.time() + 3600 * hours)
+
+
+@app.command()
+def publish(
+    data: Annotated[Path, typer.Argument(help="Ingredients.")],
+    run: Annotated[Path, typer.Argument(help="Of 'learn'.")],
+    out: Annotated[Path, typer.Argument(help="The model to write.")],
+    calibrate: Annotated[list[str], typer.Option(help="Patients to calibrate on.")],
+    test: Annotated[list[str], typer.Option(help="Patients to measure on, in the end.")],
+    start: Annotated[Path, typer.Option(help="Model that stage I began with.")] = STARTER_MODEL,
+) -> None:
+    """Calibrate on held-out patients, measure on others, and write the model in half precision."""
+    former = Detector.load(start).card.encoder
+    weights = torch.load(run / "mean.pt", weights_only=True)
     with progress_bars() as progress:
-        sources = phantom_twins(recipe.phantoms, recipe.seed, lambda number: number % 6 == 5)
-        for number, argument in enumerate(background):
-            sources += painted_twins(argument, recipe.variations, recipe.seed + 10 + number)
-        for number, folder in enumerate(slices):
-            sources += slice_twins(folder, recipe.slice_variations, recipe.seed + 30 + number)
-        pairs = write_all(sources, work / "studies", progress, painted_slabs=True)
-        apart = {"phantoms": phantom_twins(recipe.held_out, recipe.seed + 1, lambda _: True)}
-        for number, argument in enumerate(held_out):
-            apart[f"painted_{number}"] = painted_twins(argument, recipe.held_out, recipe.seed + 50 + number)
-        unseen = {
-            name: [study for _, pair in write_all(twins, work / name, progress) for study in pair]
-            for name, twins in apart.items()
+        files = {
+            side: prepared_pairs(data / "studies", [_patient(data, name) for name in names], SETS, progress)
+            for side, names in (("calibrate", calibrate), ("test", test))
         }
-
-        whole = [study for source, pair in pairs if source.whole for study in pair]
-        write_studies(whole, work / "studies.csv")
-        marked = [_by_marks_only(study) for _, pair in pairs for study in pair]
-        labelled = [study if source.whole else _by_marks_only(study) for source, pair in pairs for study in pair]
-        many: dict[str, list[Path]] = {"train": [], "validation": []}
-        for source in sources:
-            slabs = work / "studies" / "slabs" / f"{source.name}.npy"
-            if slabs.exists():
-                many[source.split].append(slabs)
-        encoder, both = work / "cells.safetensors", work / "starter.safetensors"
-        train_cells(many["train"], many["validation"], encoder, recipe.cells, progress)
-        for number, settings in enumerate(recipe.stages, start=1):
-            former, encoder = encoder, work / f"encoder_{number}.safetensors"
-            train_encoder(marked, encoder, settings=settings, start_from=former, synthetic=True, progress=progress)
-        former, encoder = encoder, work / "encoder.safetensors"
-        train_encoder(
-            labelled, encoder, settings=recipe.everywhere, start_from=former, synthetic=True, progress=progress
-        )
-        _slices_apart_as_in_stage_one(encoder)
-        detector = train_classifier(
-            whole, encoder, both, settings=recipe.classifier, synthetic=True, cache_dir=work / "features",
-            progress=progress,
-        )  # fmt: skip
-        figures: dict[str, float] = {}
-        for name, studies in unseen.items():
-            figures |= held_out_figures(detector, studies, work / name / "masks", name, progress)
-    if detector.card.classifier is None:
-        raise ValueError("train_classifier returned a model without a record of stage II")
-    record = replace(detector.card.classifier, metrics={**detector.card.classifier.metrics, **figures})
-    detector.card = ModelCard("starter", pe_app.__version__, detector.card.encoder, record)
+    plain = Detector.untrained()
+    encoder = plain.encoder
+    choose(encoder, by_points=False)
+    encoder.load_state_dict(weights)
+    encoder = encoder.to(memory_format=torch.channels_last).eval()
+    made = calibrated(weights, list(seen_pairs(encoder, files["calibrate"])))
+    pairs = [pair.shifted(made.offset) for pair in seen_pairs(encoder, files["test"])]
+    detector = made.detector
+    measured = figures(pairs, lambda seen: study_probability(detector, seen), detector.decision.threshold)
+    metrics = {
+        name if part == "value" else f"{name}, {part}": value
+        for name, values in measured.items()
+        for part, value in zip(("value", "from", "to"), values, strict=True)
+        if np.isfinite(value)
+    }
+    learned = find_patients([data / kind for kind in KINDS], [*calibrate, *test])
+    record = TrainingRecord(
+        studies=len(learned),
+        positive=sum(bool(Patient(path).sets) for path in learned),
+        annotated_slices=0,
+        synthetic=True,
+        epochs=1,
+        best_epoch=1,
+        seconds=_seconds(run),
+        device="cpu",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        git_revision="",
+        settings=flat_settings(LessonSettings()),
+        metrics={},
+        image_sha256=former.image_sha256 if former else (),
+        patient_sha256=former.patient_sha256 if former else (),
+    )
+    stage_two = replace(
+        record, studies=2 * made.pairs, positive=made.pairs, metrics=metrics, settings={"kind": "pooled"}, seconds=0.0
+    )
+    detector.card = ModelCard("starter", pe_app.__version__, record, stage_two)
     detector.save(out, half=True)
-    typer.echo(json.dumps(figures, indent=1))
+    typer.echo(json.dumps({name: [round(v, 3) for v in values] for name, values in measured.items()}, indent=1))
 
 
-def _by_marks_only(study: Study) -> Study:
-    """Without its label the slabs of a study without emboli come from its marks, at the levels of its twin's emboli."""
-    return replace(study, label="" if study.label == "negative" else study.label)
+def _complete(folder: Path) -> bool:
+    return (folder / "places.npz").is_file()
 
 
-def _slices_apart_as_in_stage_one(model: Path) -> None:
-    """Slabs of whole studies get slices 2.5 mm apart: so stage I, which learned from those, says most of them."""
-    detector = Detector.load(model)
-    detector.slabs = replace(detector.slabs, slab_spacing="physical")
-    detector.save(model)
+def _patient(data: Path, name: str) -> Path:
+    for kind in KINDS:
+        if _complete(data / kind / name):
+            return data / kind / name
+    raise InputError(f"{data}: no ingredients of patient {name}: run 'ingredients' first")
+
+
+def _seconds(run: Path) -> float:
+    """Of training, over all resumes."""
+    log = run / "log.jsonl"
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    later = [*entries[1:], {"seconds": 0}]
+    return float(
+        sum(one["seconds"] for one, then in zip(entries, later, strict=True) if then["seconds"] < one["seconds"])
+    )
+
+
+def _write_flat(name: str, path: Path, contrast: bool, out: Path) -> None:
+    """One slice, five times: what passes through it is drawn out when windows are cut."""
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError:
+        return  # a README beside the slices
+    image.SetDirection(np.eye(3).ravel().tolist())
+    hu = np.repeat(on_grid(image, max(1.0, image.GetSpacing()[2]))[:1], SLICES, 0)
+    arteries = bright_vessels(hu) if contrast else None
+    if arteries is None or arteries.any():
+        write_real(name, hu, arteries, out)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    typer.run(main)
+    app()
