@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "volume",
         "dicom_headers",
         "dicom_stack",
+        "lost_slices",
         "dicom_pixels",
         "volume_io",
         "lungs",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -75,6 +78,28 @@ def append_durably(path: Path, line: bytes) -> int:
         file.flush()
         os.fsync(file.fileno())
     return place
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and those below it, by path; links that lead nowhere are among them.
+
+    Folders that are links are followed, each folder once, so that links in a circle end.
+    """
+    seen: set[str] = set()
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_warn):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [path for name in names if (path := Path(place, name)).is_file() or not path.exists()]
+    return sorted(found)
+
+
+def _warn(error: OSError) -> None:
+    log.warning("%s: the folder cannot be read: %s", error.filename, error.strerror)
 
 
 def make_folder(path: Path) -> None:

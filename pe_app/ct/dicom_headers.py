@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from numpy.typing import ArrayLike, NDArray
+from pydicom.dataelem import RawDataElement
 from pydicom.uid import (
     JPEG2000,
     CTImageStorage,
@@ -41,7 +43,8 @@ _HEADER_TAGS = [
     "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
     "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "LossyImageCompressionMethod",
     "LossyImageCompressionRatio", "ConcatenationUID", "InConcatenationTotalNumber", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "AccessionNumber", "StudyDate", "AcquisitionNumber",
+    "TemporalPositionIdentifier", "AcquisitionTime", "AcquisitionDateTime",
 ]  # fmt: skip
 
 
@@ -65,6 +68,10 @@ class SliceHeader:
         slope, intercept: to HU; NaN where they are missing.
         lossy: how it was compressed with loss; empty where it was not.
         part_of: Concatenation UID where the series is torn into several enhanced files.
+        accession: Accession Number.
+        date: Study Date as 2026-01-31; empty where it is missing or none.
+        acquisition, temporal, time: what tells acquisitions of one series apart, as written.
+        unreadable: what is missing or wrong of the values that voxels in HU with a place need, in words.
     """
 
     path: Path
@@ -90,6 +97,12 @@ class SliceHeader:
     intercept: float
     lossy: str
     part_of: str
+    accession: str
+    date: str
+    acquisition: str
+    temporal: str
+    time: str
+    unreadable: tuple[str, ...]
 
     @property
     def localizer(self) -> bool:
@@ -115,26 +128,23 @@ class SliceHeader:
 
 
 def read_headers(path: Path) -> list[SliceHeader]:
-    """The slices of one file; none where it is no DICOM image (DICOMDIR, report, presentation state).
+    """The slices of one file; none where it is no DICOM image (DICOMDIR, report, presentation state, another format).
 
     Raises:
-        InputError: if the file is damaged.
+        InputError: if it is DICOM and damaged.
     """
     if not is_dicom(path):
-        if path.suffix.lower() == ".dcm" and not path.name.startswith("."):  # a lost end slice leaves no gap
-            size = path.stat().st_size
-            raise InputError(f"{path.name}: its {size} bytes are not DICOM, it was cut off or damaged: export it again")
         return []
     try:
         with path.open("rb") as file:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_TAGS, force=True)
         if "Rows" not in header or "Columns" not in header or "SeriesInstanceUID" not in header:
             kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-            if kind in (CTImageStorage, *_ENHANCED):
+            if kind in (CTImageStorage, *_ENHANCED) and header.get("Modality") in (None, "", "CT"):
                 raise ValueError("no rows, columns or series: it is cut off")
             return []
         if header.get("SOPClassUID") in _ENHANCED:
-            return [_frame_header(path, header, frame) for frame in range(int(header.NumberOfFrames))]
+            return [_frame_header(path, header, frame) for frame in range(_whole(header, "NumberOfFrames", 0))]
         return [_header(path, header, header, None)]
     except Exception as error:  # pydicom raises nearly anything on damaged bytes
         raise InputError(f"{path.name}: the DICOM header is damaged ({last_line(error)}): export it again") from error
@@ -150,6 +160,8 @@ def by_series(headers: Sequence[SliceHeader]) -> dict[str, list[SliceHeader]]:
 
 def is_dicom(path: Path) -> bool:
     """By content: the DICM mark, or a data set without preamble that begins with group 0002 or 0008."""
+    if path.is_symlink() and not path.exists():
+        return False
     with path.open("rb") as file:
         return looks_dicom(file.read(DICOM_HEAD))
 
@@ -175,14 +187,16 @@ def _frame_header(path: Path, header: pydicom.Dataset, frame: int) -> SliceHeade
     ):
         items: Sequence[pydicom.Dataset] = next((group[name].value for group in groups if group.get(name)), [])
         for keyword in keywords:
-            if items and keyword in items[0]:
-                found[keyword] = items[0][keyword]
+            element = items[0].get_item(keyword) if items else None
+            if element is not None:
+                found[element.tag] = element
     return _header(path, header, found, frame)
 
 
 def _header(path: Path, header: pydicom.Dataset, place: pydicom.Dataset, frame: int | None) -> SliceHeader:
     is_ct = header.get("SOPClassUID") in (CTImageStorage, *_ENHANCED)
     types = place.get("FrameType") or header.get("ImageType") or ()
+    day = str(header.get("StudyDate") or "")
     return SliceHeader(
         path=path,
         frame=frame,
@@ -192,21 +206,27 @@ def _header(path: Path, header: pydicom.Dataset, place: pydicom.Dataset, frame: 
         study=str(header.get("StudyInstanceUID") or ""),
         series=str(header.SeriesInstanceUID),
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
-        number=int(header.get("SeriesNumber") or 0),
+        number=_whole(header, "SeriesNumber", 0),
         description=str(header.get("SeriesDescription") or ""),
         modality=str(header.get("Modality") or ("CT" if is_ct else "")),
         image_type="\\".join([types] if isinstance(types, str) else types).upper(),
-        colour=int(header.get("SamplesPerPixel") or 1) != 1,
-        frames=int(header.get("NumberOfFrames") or 1),
+        colour=_whole(header, "SamplesPerPixel", 1) != 1,
+        frames=_whole(header, "NumberOfFrames", 1),
         matrix=(int(header.Rows), int(header.Columns)),
-        position_mm=_numbers(place.get("ImagePositionPatient"), 3),
-        orientation=_numbers(place.get("ImageOrientationPatient"), 6),
-        pixel_mm=tuple(_numbers(place.get("PixelSpacing"), 2).tolist()),
-        thickness_mm=_number(place.get("SliceThickness")),
-        slope=_number(place.get("RescaleSlope")),
-        intercept=_number(place.get("RescaleIntercept")),
+        position_mm=_numbers(place, "ImagePositionPatient", 3),
+        orientation=_numbers(place, "ImageOrientationPatient", 6),
+        pixel_mm=tuple(_numbers(place, "PixelSpacing", 2).tolist()),
+        thickness_mm=_number(place, "SliceThickness"),
+        slope=_number(place, "RescaleSlope"),
+        intercept=_number(place, "RescaleIntercept"),
         lossy=_lossy(header),
         part_of=str(header.get("ConcatenationUID") or "") if header.get("InConcatenationTotalNumber") != 1 else "",
+        accession=str(header.get("AccessionNumber") or ""),
+        date=f"{day[:4]}-{day[4:6]}-{day[6:]}" if re.fullmatch(r"[12]\d{7}", day) else "",
+        acquisition=_text(header, "AcquisitionNumber"),
+        temporal=_text(header, "TemporalPositionIdentifier"),
+        time=_text(header, "AcquisitionDateTime") or _text(header, "AcquisitionTime"),
+        unreadable=tuple(fault for keyword in _NEEDED if (fault := _fault(place, keyword))),
     )
 
 
@@ -218,12 +238,10 @@ def _lossy(header: pydicom.Dataset) -> str:
         return ""
     if marked != "01" and syntax not in _LOSSY_SYNTAXES:
         return ""
-    methods, ratios = (
-        header_values(header, "LossyImageCompressionMethod"),
-        header_values(header, "LossyImageCompressionRatio"),
-    )
+    methods = header_values(header, "LossyImageCompressionMethod")
+    ratios = _texts(header, "LossyImageCompressionRatio")
     method = _LOSSY_METHODS.get(str(methods[-1])) if methods else None
-    ratio = f", {_number(ratios[-1]):.0f}:1" if ratios else ""
+    ratio = f", {float(ratios[-1]):.0f}:1" if ratios and _is_number(ratios[-1]) else ""
     return (method or _LOSSY_SYNTAXES.get(syntax, "an unknown method")) + ratio
 
 
@@ -235,15 +253,71 @@ def header_values(header: pydicom.Dataset, keyword: str) -> list[object]:
     return list(value) if isinstance(value, (list, pydicom.multival.MultiValue)) else [value]
 
 
-def _numbers(values: ArrayLike | None, count: int) -> NDArray[np.float64]:
-    """``count`` numbers; NaN where the tag is missing or has another number of them."""
-    numbers = np.array([] if values is None else values, dtype=np.float64).ravel()
-    return numbers if numbers.size == count else np.full(count, np.nan)
+def _texts(header: pydicom.Dataset, keyword: str) -> list[str]:
+    """The values of an element as they are written, whatever kind it says it is and whether or not they are valid."""
+    element = header.get_item(keyword)
+    if element is None or element.value in (None, "", b""):
+        return []
+    value = element.value
+    if isinstance(value, bytes):
+        if isinstance(element, RawDataElement) and element.VR in ("US", "SS", "UL", "SL", "FD", "FL"):
+            value = header[keyword].value
+        else:
+            value = value.decode("latin-1")
+    if isinstance(value, str):
+        return [part.strip(" \0") for part in value.split("\\")]
+    return [str(part) for part in value] if isinstance(value, (list, pydicom.multival.MultiValue)) else [str(value)]
 
 
-def _number(value: object) -> float:
-    """One number; NaN where the tag is missing or empty."""
-    return float("nan") if value in (None, "") else float(str(value))
+def _text(header: pydicom.Dataset, keyword: str) -> str:
+    return next(iter(_texts(header, keyword)), "")
+
+
+def _is_number(text: str) -> bool:
+    return bool(_NUMBER.fullmatch(text))
+
+
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+
+
+def _numbers(header: pydicom.Dataset, keyword: str, count: int) -> NDArray[np.float64]:
+    """``count`` numbers; NaN where the tag is missing, has another number of them, or is no number."""
+    texts = _texts(header, keyword)
+    if len(texts) != count or not all(map(_is_number, texts)):
+        return np.full(count, np.nan)
+    return np.array([float(text) for text in texts])
+
+
+def _number(header: pydicom.Dataset, keyword: str) -> float:
+    """One number; NaN where the tag is missing, empty or no number."""
+    text = _text(header, keyword)
+    return float(text) if _is_number(text) else float("nan")
+
+
+def _whole(header: pydicom.Dataset, keyword: str, otherwise: int) -> int:
+    """One whole number; ``otherwise`` where the tag is missing, empty or no number."""
+    number = _number(header, keyword)
+    return int(number) if np.isfinite(number) and number else otherwise
+
+
+_NEEDED = {
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    "PixelSpacing": 2,
+    "RescaleSlope": 1,
+    "RescaleIntercept": 1,
+}
+"""What makes voxels in HU with a place, and how many numbers each has."""
+
+
+def _fault(header: pydicom.Dataset, keyword: str) -> str:
+    """What is wrong with a value that is needed: the tag's name and what it says; empty where it is there and valid."""
+    if np.isfinite(_numbers(header, keyword, _NEEDED[keyword])).all():
+        return ""
+    tag = pydicom.datadict.tag_for_keyword(keyword) or 0
+    name = f"{pydicom.datadict.dictionary_description(keyword)} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
+    texts = _texts(header, keyword)
+    return f"{name} is {'missing' if not texts else repr(chr(92).join(texts)[:60])}"
 
 
 def millimetres(values: ArrayLike) -> str:

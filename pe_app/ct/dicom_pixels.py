@@ -6,8 +6,11 @@ chest are refused.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+import warnings
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -24,10 +27,14 @@ from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian
 from scipy import ndimage
 
 from pe_app.common.errors import InputError
+from pe_app.common.files import files_below
 from pe_app.ct.dicom_headers import SliceHeader, by_series, header_values, is_dicom, last_line, read_headers
 from pe_app.ct.dicom_stack import Stack, choose_stack
+from pe_app.ct.lost_slices import LostSlice, NamedFile, lost_slices
 from pe_app.ct.source_series import SeriesFacts, SourceInstance, SourceSeries
 from pe_app.ct.volume import PADDING_HU, Volume, canonical_volume
+
+log = logging.getLogger(__name__)
 
 AIR_PRESENT_HU = -200
 """Every CT of a chest holds voxels below this; values that never get there are not HU."""
@@ -49,18 +56,52 @@ def read_dicom_folder(folder: Path, series: str | None = None) -> Volume:
     Raises:
         InputError: as ``read_volume``.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     if not files:
         raise InputError(f"{folder}: the folder is empty; a study needs the folder with all slices of a series")
-    headers = [header for path in files for header in read_headers(path)]
+    headers, lost = _read_all_headers(files)
+    if not headers and lost:
+        raise InputError(f"{lost[0].file.name}: {lost[0].reason}")
     if not headers:
         dicom = sum(is_dicom(path) for path in files)
         what = f"none of the {dicom} DICOM files is an image" if dicom else f"none of the {len(files)} files is DICOM"
         raise InputError(f"{folder}: {what}; a study needs the folder with all slices of a series")
     found = by_series(headers)
-    stack = choose_stack(found, folder, series)
+    try:
+        stack = choose_stack(found, folder, series)
+    except InputError as error:
+        if not lost:
+            raise
+        raise InputError(f"{lost[0].file.name}: {lost[0].reason}; it may be why {error}") from error
+    _check_nothing_lost(stack, lost, {header.path for header in headers})
     neighbours = len({header.patient for header in headers} - {stack.slices[0].patient})
     return read_stack(stack, folder, neighbours)
+
+
+def _read_all_headers(files: Sequence[Path]) -> tuple[list[SliceHeader], list[LostSlice]]:
+    headers: list[SliceHeader] = []
+    damaged: dict[Path, str] = {}
+    for path in files:
+        try:
+            headers += read_headers(path)
+        except InputError as error:
+            damaged[path] = str(error).removeprefix(f"{path.name}: ")
+    slices = {header.path for header in headers}
+    lost, texts = lost_slices([NamedFile(path, path.parent, path.name) for path in files], slices, damaged)
+    for text in texts:
+        log.warning("%s: is a text and no DICOM file, it is left out", text.path)
+    return headers, lost
+
+
+def _check_nothing_lost(stack: Stack, lost: Sequence[LostSlice], slices: Set[Path]) -> None:
+    """Refuse a series where a file that cannot be read lies with its slices, or with no other's."""
+    own = {one.path.parent for one in stack.slices}
+    others = {path.parent for path in slices} - own
+    for slice_ in lost:
+        if slice_.file.folder not in others:
+            more = f" ({len(lost)} such files)" if len(lost) > 1 else ""
+            raise InputError(f"{slice_.file.name}: {slice_.reason}; it may be a slice of {stack.name}{more}")
+        log.warning("%s: %s; it lies with another series and is left out", slice_.file.path, slice_.reason)
 
 
 def read_stack(stack: Stack, root: Path, neighbours: int = 0) -> Volume:
@@ -134,7 +175,8 @@ def _with_pixels(path: Path) -> pydicom.Dataset:
 def _slice_hu(dataset: pydicom.Dataset, one: SliceHeader) -> NDArray[np.int16]:
     """One slice's pixels in HU, padding as -1024."""
     if not np.isfinite([one.slope, one.intercept]).all() or one.slope == 0:
-        raise ValueError("no rescale slope and intercept, so the pixels are not in HU")
+        fault = next(iter(one.unreadable), f"Rescale Slope (0028,1053) is {one.slope:g}")
+        raise ValueError(f"no rescale slope and intercept, so the pixels are not in HU: {fault}")
     if dataset.BitsAllocated not in (16, 32):
         raise ValueError(f"a CT has 16 bits a pixel, this one {dataset.BitsAllocated}")
     try:
@@ -237,10 +279,15 @@ def _source(stack: Stack, root: Path, neighbours: int) -> SourceSeries:
 
 def _as_json(header: pydicom.Dataset) -> dict[str, object]:
     """DICOM JSON of a header, in UTF-8; values that break the standard's rules are left out."""
-    header.decode()
+    charset = pydicom.charset.convert_encodings(header.get("SpecificCharacterSet") or "ISO_IR 6")
     kept: dict[str, object] = {}
-    for element in header:
-        with suppress(ValueError, TypeError):
+    for tag in sorted(header.keys()):
+        with (
+            suppress(Exception),
+            warnings.catch_warnings(action="ignore"),
+        ):  # on values that break the rules
+            element = header[tag]
+            pydicom.charset.decode_element(element, charset)
             kept[f"{element.tag.group:04X}{element.tag.element:04X}"] = element.to_json_dict(None, 0)
     kept["00080005"] = {"vr": "CS", "Value": ["ISO_IR 192"]}
     return kept

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import filecmp
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,13 @@ MAX_MATRIX = 4096
 """Rows and columns beyond any CT's: a damaged header that would take all memory."""
 LESSER_SERIES = 0.5
 """A second series stands in for a larger one that has gaps where it is at least this share as long."""
+MAX_SCOUTS = 4
+"""Images across the others that are left out of a series: more are another scan, and the series is mixed."""
+_PICTURES = {
+    "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.7.1", "1.2.840.10008.5.1.4.1.1.7.2",
+    "1.2.840.10008.5.1.4.1.1.7.3", "1.2.840.10008.5.1.4.1.1.7.4",
+}  # fmt: skip
+"""SOP classes of Secondary Capture."""
 _MIXED = "two series are mixed, export one series alone"
 
 
@@ -61,7 +70,8 @@ def arrange(slices: Sequence[SliceHeader]) -> Stack:
     fault = unsuitable(slices)
     if fault is not None:
         raise _named(fault, name)
-    kept, repeated = _each_once([one for one in slices if not one.localizer])
+    kept, repeated = _each_once(_slices_alone(slices, name))
+    kept = _one_acquisition(kept, name)
     ordered = _sorted_slices(kept, name)
     positions = np.array([one.position_mm for one in ordered])
     spacing_mm = check_uniform_spacing(positions @ ordered[0].normal, name)
@@ -103,8 +113,8 @@ def in_order_of_choice(usable: Sequence[list[SliceHeader]]) -> list[list[SliceHe
 
 def unsuitable(slices: Sequence[SliceHeader]) -> UnfitStudy | InputError | None:
     """Why a series cannot be the study's CT, from its headers alone; None where it can. The text names no series."""
-    images = [one for one in slices if not one.localizer]
-    modality = next((one.modality for one in slices if one.modality != "CT"), None)
+    images = _slices_alone(slices)
+    modality = next((one.modality for one in images or slices if one.modality != "CT"), None)
     if modality is not None:
         return UnfitStudy("not_ct", f"its modality is {modality or 'missing'}, not CT")
     if not images:
@@ -124,10 +134,92 @@ def unsuitable(slices: Sequence[SliceHeader]) -> UnfitStudy | InputError | None:
         return UnfitStudy("too_few_slices", "it has a single slice")
     for one in images:
         if not one.has_place:
-            return InputError(f"{one.path.name} lacks a valid position, orientation or pixel spacing")
+            faults = [fault for fault in one.unreadable if not fault.startswith("Rescale")]
+            why = f" ({'; '.join(faults)})" if faults else ""
+            return InputError(f"{one.path.name} lacks a valid position, orientation or pixel spacing{why}")
     if np.median([one.normal[2] for one in images]) < 0.7:
         return UnfitStudy("derived", "its slices are not axial")
     return None
+
+
+def _slices_alone(slices: Sequence[SliceHeader], name: str = "") -> list[SliceHeader]:
+    """The series without what lies among its slices and is none: localizers, pictures of the screen, scouts.
+
+    A picture of the screen is an instance of another SOP class than most; a scout is one of few whose plane lies
+    across that of the others. Each is named in the log where ``name`` is given.
+    """
+    images = [one for one in slices if not one.localizer]
+    classes = Counter(one.sop_class for one in images)
+    usual = max(classes, key=lambda kind: classes[kind], default="")
+    kept = [one for one in images if one.sop_class == usual or one.sop_class not in _PICTURES]
+    placed = [one for one in kept if one.has_place]
+    if placed:
+        middle = np.median([one.normal for one in placed], axis=0)
+        across = {one.path for one in placed if abs(float(one.normal @ middle)) < 0.7}
+        if len(across) <= MAX_SCOUTS and len(across) < len(placed) / 4:
+            kept = [one for one in kept if one.path not in across]
+    left = [one for one in images if one not in kept] if len(kept) < len(images) else []
+    if name and left:
+        names = ", ".join(one.path.name for one in left[:5])
+        log.warning("%s: %d pictures among its slices are left out, they are no slices: %s", name, len(left), names)
+    return kept
+
+
+def _one_acquisition(slices: list[SliceHeader], name: str) -> list[SliceHeader]:
+    """The slices of one acquisition, where a series holds several of the same places.
+
+    They are told apart by Temporal Position Identifier, Acquisition Number or acquisition time. The one with most
+    slices is taken, of equal ones the first; where none of the three tells them apart the slices stay together, and
+    are refused for lying at the same positions.
+    """
+    places = Counter(round(float(one.position_mm @ slices[0].normal), 2) for one in slices)
+    if max(places.values()) == 1 or len(places) < 2:
+        return slices
+    for what, value in (("temporal position", "temporal"), ("acquisition", "acquisition"), ("time", "time")):
+        groups = _groups(slices, value)
+        if len(groups) > 1 and min(map(len, groups)) > 1:
+            taken = max(groups, key=len)
+            others = ", ".join(f"{getattr(one[0], value)} ({len(one)})" for one in groups if one is not taken)
+            log.warning(
+                "%s: holds %d acquisitions; took %s %s (%d slices) and left %s", name, len(groups), what,
+                getattr(taken[0], value), len(taken), others,
+            )  # fmt: skip
+            return taken
+    return slices
+
+
+def _groups(slices: Sequence[SliceHeader], value: str) -> list[list[SliceHeader]]:
+    """Slices of equal value, in the order of the values; of times those between which no place comes twice.
+
+    None where a value is missing, or a group holds a place twice.
+    """
+    if any(not getattr(one, value) for one in slices):
+        return []
+    ordered = sorted(slices, key=lambda one: _in_order(getattr(one, value)))
+    groups: list[list[SliceHeader]] = []
+    places: set[float] = set()
+    for one in ordered:
+        place = round(float(one.position_mm @ slices[0].normal), 2)
+        new = place in places if value == "time" else not groups or getattr(groups[-1][0], value) != getattr(one, value)
+        if new or not groups:
+            groups.append([])
+            places = set()
+        elif place in places:
+            return []
+        groups[-1].append(one)
+        places.add(place)
+    if value == "time" and any(  # the same moment on both sides: time tells nothing
+        before[-1].time == after[0].time for before, after in pairwise(groups)
+    ):
+        return []
+    return groups
+
+
+def _in_order(text: str) -> tuple[float, str]:
+    try:
+        return float(text), text
+    except ValueError:
+        return float("inf"), text
 
 
 def check_uniform_spacing(positions: ArrayLike, name: str) -> float:

@@ -25,6 +25,7 @@ import pydicom
 from pe_app.common.errors import InputError
 from pe_app.common.files import append_durably
 from pe_app.ct.dicom_headers import is_dicom
+from pe_app.ct.lost_slices import NamedFile, lost_slices
 from pe_app.ct.volume_io import SUFFIXES
 from pe_app.pacs.dicomweb import Archive, ArchiveSeries, Unavailable
 from pe_app.results.find_studies import BatchStudy
@@ -115,11 +116,12 @@ class WatchedFolder:
         files: defaultdict[str, list[Path]] = defaultdict(list)
         stamps: dict[Path, tuple[int, int]] = {}
         changed: dict[Path, float] = {}
-        damaged: list[Path] = []
+        damaged: dict[Path, str] = {}
+        slices: set[Path] = set()
         try:
             for path in self._visible(self._folder):
                 try:
-                    status = path.stat()
+                    status = path.stat() if path.exists() else path.lstat()
                     stamps[path] = status.st_size, status.st_mtime_ns
                     changed[path] = max(status.st_mtime, status.st_ctime)  # copies may keep the time of the original
                     study = self._study_of(path, stamps[path])
@@ -127,12 +129,15 @@ class WatchedFolder:
                     continue
                 if study:
                     files[study].append(path)
+                    slices |= set() if path.name.lower().endswith(SUFFIXES) else {path}
                 elif study is None:
-                    damaged.append(path)
+                    damaged[path] = "it is damaged"
         except OSError as error:
             raise Unavailable(f"{self._folder}: cannot be read ({error.strerror or error})") from error
         self._known = {path: known for path, known in self._known.items() if path in stamps}
-        for path in damaged:  # to the studies it lies among, so that none is taken as whole without it
+        named = (NamedFile(path, path.parent, path.name) for path in stamps if not path.name.lower().endswith(SUFFIXES))
+        lost, _ = lost_slices(named, slices, damaged)
+        for path in (one.file.path for one in lost):  # to the studies it lies among, so that none is whole without it
             beside = [study for study, paths in files.items() if any(one.parent == path.parent for one in paths)]
             for study in beside or [path.name]:
                 files[study].append(path)
@@ -156,7 +161,7 @@ class WatchedFolder:
             if path.name.startswith("."):
                 continue
             if path.is_dir():
-                if not path.is_symlink() and path.resolve() != self._results:
+                if path.resolve() not in (self._results, *folder.resolve().parents):  # links may lead in a circle
                     yield from self._visible(path)
             else:
                 yield path
@@ -178,8 +183,6 @@ class WatchedFolder:
                 study = str(header.get("StudyInstanceUID") or "") if "Rows" in header else ""  # reports, DICOMDIR
             except Exception:  # pydicom raises nearly anything on damaged bytes
                 return None
-        elif name.endswith(".dcm"):
-            return None
         else:
             study = ""
         self._known[path] = stamp, study

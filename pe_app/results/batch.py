@@ -23,7 +23,7 @@ from typing import TypeVar
 import filelock
 
 from pe_app.common.errors import InputError, UnfitStudy
-from pe_app.common.files import write_durably
+from pe_app.common.files import files_below, write_durably
 from pe_app.common.progress import Cancelled, Progress, ProgressCallback, silent
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import read_volume
@@ -384,7 +384,7 @@ def _folder_name(study: str) -> str:
 
 def _fingerprint(path: Path) -> str:
     """SHA-256 over names, sizes and times of the files at a path; nothing is opened."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = files_below(path) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         try:

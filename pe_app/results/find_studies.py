@@ -96,13 +96,14 @@ def _studies_below(folder: Path, depth: int = 0) -> list[tuple[Path, str]]:
     names = {entry.name for entry in entries}
     if depth > MAX_DEPTH or {"detection.json", RESULTS} & names:
         return []
-    files = [entry for entry in entries if entry.is_file()]
+    files = [entry for entry in entries if entry.is_file() or not entry.exists()]  # links to nowhere are named later
     volumes = [file for file in files if file.name.lower().endswith(SUFFIXES)]
     plain = (file for file in files if file not in volumes and file.name.upper() != "DICOMDIR")
     dicom = next((file for file in plain if _is_dicom(file)), None)
     if dicom is not None:
         return [(folder, _study_uid(dicom))]
-    below = [place for entry in entries if entry.is_dir() for place in _studies_below(entry, depth + 1)]
+    folders = [entry for entry in entries if entry.is_dir() and entry.resolve() not in folder.resolve().parents]
+    below = [place for entry in folders for place in _studies_below(entry, depth + 1)]
     uids = {uid for _, uid in below}
     if not volumes and len(uids) == 1 and "" not in uids:
         return [(folder, uids.pop())]  # series of one study
@@ -140,7 +141,7 @@ def _name(place: Path, root: Path) -> str:
     if place == root:
         return root.resolve().name
     relative = place.relative_to(root)
-    return "_".join((*relative.parts[:-1], _stem(relative) if place.is_file() else relative.name))
+    return "_".join((*relative.parts[:-1], relative.name if place.is_dir() else _stem(relative)))
 
 
 def _stem(path: Path) -> str:

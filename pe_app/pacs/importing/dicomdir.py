@@ -19,11 +19,11 @@ def is_dicomdir(file: SourceFile) -> bool:
     return posixpath.basename(file.name).upper() == NAME
 
 
-def missing_slices(files: Iterable[SourceFile]) -> Counter[str]:
+def missing_slices(files: Iterable[SourceFile]) -> tuple[Counter[str], list[tuple[SourceFile, str]]]:
     """By SeriesInstanceUID, how many images the DICOMDIRs among ``files`` list that are not there.
 
-    Raises:
-        InputError: if a DICOMDIR is damaged.
+    Returns:
+        The counts, and the DICOMDIRs that are damaged, each with a reason: one is a hint, its disc is read without it.
     """
     present: dict[object, set[str]] = defaultdict(set)
     directories = []
@@ -32,11 +32,17 @@ def missing_slices(files: Iterable[SourceFile]) -> Counter[str]:
         if is_dicomdir(file):
             directories.append(file)
     missing: Counter[str] = Counter()
+    damaged = []
     for directory in directories:
         folder = posixpath.dirname(directory.name)
-        for series, name in _listed(directory):
+        try:
+            listed = _listed(directory)
+        except InputError as error:
+            damaged.append((directory, str(error)))
+            continue
+        for series, name in listed:
             missing[series] += _plain(posixpath.join(folder, name)) not in present[directory.root]
-    return missing
+    return missing, damaged
 
 
 def _listed(directory: SourceFile) -> list[tuple[str, str]]:
@@ -51,7 +57,7 @@ def _listed(directory: SourceFile) -> list[tuple[str, str]]:
                 listed.append((series, parts if isinstance(parts, str) else "/".join(parts)))
         return listed
     except Exception as error:  # pydicom raises nearly anything on damaged bytes
-        raise InputError(f"{directory.name}: the DICOMDIR is damaged: copy the disc again, or remove it") from error
+        raise InputError(f"{directory.name}: the DICOMDIR is damaged, so what the disc lacks is not known") from error
 
 
 def _plain(name: str) -> str:

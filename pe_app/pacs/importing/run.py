@@ -24,6 +24,7 @@ from pe_app.common.worker_pool import Processes
 from pe_app.ct.dicom_headers import SliceHeader, by_series, read_headers
 from pe_app.ct.dicom_pixels import read_stack
 from pe_app.ct.dicom_stack import arrange, in_order_of_choice, unsuitable
+from pe_app.ct.lost_slices import NamedFile, lost_slices
 from pe_app.ct.quality import CODES, QualityLimits, Reason, check_study
 from pe_app.ct.source_series import SourceSeries, read_source, source_path, write_source
 from pe_app.ct.volume import Volume
@@ -203,6 +204,7 @@ class _Import:
         paths = [path for path, file in files.items() if not is_dicomdir(file)]
         parts = [paths[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE)]
         headers: list[SliceHeader] = []
+        damaged: dict[Path, str] = {}
         done = 0
         self.progress(Progress("read headers", 0, len(paths)))
         for part, outcome in self.processes.run(_read_part, parts):
@@ -211,15 +213,20 @@ class _Import:
             if isinstance(outcome, Exception):
                 outcome = _Headers([], [(path, f"its header cannot be read: {outcome}") for path in part])
             headers += outcome.headers
-            for path, reason in outcome.damaged:
-                self.damaged.append(files[path])
-                text = f"{files[path].name}: {reason}"
-                self.lines.append(ImportLine("failed", reason=text, source=str(files[path].root)))
+            damaged |= dict(outcome.damaged)
+        slices = {header.path for header in headers}
+        named = [NamedFile(path, _folder_of(files[path]), posixpath.basename(files[path].name)) for path in paths]
+        for lost in lost_slices(named, slices, damaged)[0]:
+            file = files[lost.file.path]
+            self.damaged.append(file)
+            self.lines.append(ImportLine("failed", reason=f"{file.name}: {lost.reason}", source=str(file.root)))
         return headers
 
     def _convert(self, headers: Sequence[SliceHeader], files: Mapping[Path, SourceFile]) -> None:
         doubtful = self._doubtful_folders(headers, files)
-        gone = missing_slices(files.values())
+        gone, unread = missing_slices(files.values())
+        for directory, why in unread:
+            self.lines.append(ImportLine("left out", reason=why, source=str(directory.root)))
         by_study: dict[tuple[str, str], list[SliceHeader]] = defaultdict(list)
         for header in headers:
             by_study[header.patient, header.study].append(header)
@@ -372,7 +379,7 @@ def _read_part(paths: Sequence[Path]) -> _Headers:
         try:
             found.headers.extend(read_headers(path))
         except (InputError, OSError) as error:
-            found.damaged.append((path, str(error)))
+            found.damaged.append((path, str(error).removeprefix(f"{path.name}: ")))
     return found
 
 

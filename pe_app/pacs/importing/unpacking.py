@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from pe_app.common.errors import InputError
+from pe_app.common.files import files_below
 from pe_app.ct.dicom_headers import DICOM_HEAD, last_line, looks_dicom
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -20,6 +21,8 @@ MAX_EXPANSION = 100
 """CT shrinks by 2 to 4, an empty one by 50; an archive that grows more than this was made to fill a disk."""
 FREE_BYTES = 1 << 28
 """What any archive may hold, however well it is packed."""
+STUB_BYTES = 512
+"""A member so small may be what is left of a slice: it is unpacked to be named."""
 MAX_MEMBERS = 1_000_000
 _CHUNK = 1 << 20
 _Member = tuple[str, int, IO[bytes]]
@@ -41,7 +44,7 @@ class SourceFile:
 
 
 def find_files(source: Path) -> Iterator[SourceFile]:
-    """The files of a folder, or the one file (of a DICOMDIR: all files beside it), archives as they are.
+    """The files of a folder, links followed, or the one file (of a DICOMDIR: all next to it), archives as they are.
 
     Raises:
         InputError: if there is nothing of that name.
@@ -51,9 +54,8 @@ def find_files(source: Path) -> Iterator[SourceFile]:
     if source.is_file():
         yield SourceFile(source, source.parent, source.name)
     elif source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.is_file():
-                yield SourceFile(path, source, path.relative_to(source).as_posix())
+        for path in files_below(source):
+            yield SourceFile(path, source, path.relative_to(source).as_posix())
     else:
         raise InputError(f"{source}: there is no such file or folder")
 
@@ -119,7 +121,7 @@ def _tar_members(packed: tarfile.TarFile) -> Iterator[_Member]:
 def _copy_dicom(stream: IO[bytes], target: Path, name: str, size: int) -> bool:
     """Whether the member is DICOM and was copied, and no more of it than it says."""
     head = stream.read(DICOM_HEAD)
-    if not looks_dicom(head) and not name.lower().endswith(".dcm"):  # what is cut off is to be told
+    if not looks_dicom(head) and not name.lower().endswith(".dcm") and size > STUB_BYTES:
         return False
     with target.open("wb") as file:
         file.write(head)

@@ -16,7 +16,7 @@ from pe_app.annotation.record import ReviewedSlice
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.common import distributed
 from pe_app.common.errors import InputError
-from pe_app.common.files import write_durably
+from pe_app.common.files import files_below, write_durably
 from pe_app.common.progress import Progress, ProgressCallback, silent
 from pe_app.ct.volume_io import read_volume
 from pe_app.studies import Study
@@ -130,7 +130,7 @@ def _annotation(study: Study) -> SparseAnnotation | None:
 
 def _files_sha256(path: Path, cache_dir: Path | None) -> str:
     """SHA-256 of a file's bytes, or of all files of a folder in the order of their names."""
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    files = [entry for entry in files_below(path) if entry.exists()] if path.is_dir() else [path]
     seen = [(str(entry.resolve()), entry.stat().st_size, entry.stat().st_mtime_ns) for entry in files]
     note = None
     if cache_dir is not None:
