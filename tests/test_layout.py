@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("anatomy", "vessels", "raster", "emboli", "scan", "painting"),
         *("trees", "clots", "chest", "rendering", "tree_studies", "studies"),
     ),
-    "research": ("benchmark", "baselines", "comparison", "demo", "bench", "starter"),
+    "research": ("benchmark", "baselines", "comparison", "demo", "bench", "starter", "public_recipe"),
     "cli": (),
 }
 """Rooms of ``pe_app`` in reading order, each with its modules in reading order; modules of ``cli`` have none."""

@@ -24,6 +24,7 @@ from pe_app.cli.importing import import_
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.others import VerbsOfOthers
 from pe_app.cli.public_data import import_dataset
+from pe_app.cli.recipes import public
 from pe_app.cli.results import export_bundle, export_seg, import_seg
 from pe_app.cli.train import classifier, encoder, end_to_end
 from pe_app.cli.watching import watch
@@ -38,6 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+recipe_app = typer.Typer(no_args_is_help=True, help="From data to a model in one command.")
 train_app = typer.Typer(no_args_is_help=True, help="Train stage I (encoder) or stage II (classifier).")
 
 app.command()(detect)
@@ -48,6 +50,8 @@ app.add_typer(train_app, name="train")
 app.command()(encode)
 app.command("import")(import_)
 app.command()(import_dataset)
+recipe_app.command()(public)
+app.add_typer(recipe_app, name="recipe")
 app.command()(phantom)
 app.command()(label_reports)
 app.command()(evaluate)

@@ -10,6 +10,8 @@ import typer
 from pe_app.cli.options import progress_bars
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pe_app.public_data.found import PublicSet
     from pe_app.public_data.run import DatasetLine, Estimate
 
@@ -48,8 +50,8 @@ def import_dataset(
     data_set = public_set(name, download, pattern, terms)
     tell_terms(data_set, studies)
     with progress_bars() as progress:
-        lines = run(data_set, download, studies, settings, progress, _tell_estimate)
-    _show(lines)
+        lines = run(data_set, download, studies, settings, progress, tell_estimate)
+    show_lines(lines)
     typer.echo(
         f"Study list: {studies / 'studies.csv'}. Next: pe-app train encoder --studies {studies / 'studies.csv'} ..."
     )
@@ -70,7 +72,8 @@ def tell_terms(data_set: PublicSet, studies: Path) -> None:
     typer.echo("The terms are written into the study list and into every model that learns from these studies.")
 
 
-def _tell_estimate(estimate: Estimate) -> None:
+def tell_estimate(estimate: Estimate) -> None:
+    """What is left of an import, by its first study."""
     if estimate.studies:
         minutes = estimate.seconds / 60
         left = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(minutes, 1):.0f} minutes"
@@ -80,7 +83,8 @@ def _tell_estimate(estimate: Estimate) -> None:
         )
 
 
-def _show(lines: tuple[DatasetLine, ...]) -> None:
+def show_lines(lines: Sequence[DatasetLine]) -> None:
+    """What became of the studies: those left out one by one, the others in figures."""
     failed = [line for line in lines if line.status == "failed"]
     for line in failed[:FAILURES_SHOWN]:
         typer.echo(f"not imported: {line.study}: {line.reason}")
