@@ -8,16 +8,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "common": (
-        "errors",
-        "progress",
-        "files",
-        "tables",
-        "schema",
-        "worker_pool",
-        "distributed",
-        "memory",
-        "device",
-        "extras",
+        *(
+            "errors",
+            "progress",
+            "files",
+            "tables",
+            "schema",
+            "worker_pool",
+            "distributed",
+            "memory",
+            "device",
+            "extras",
+        ),
+        "settings",
     ),
     "ct": (
         "source_series",
@@ -38,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         *("winograd", "slab_encoder", "study_classifier", "losses", "detection", "candidate_places", "detector"),
-        "bundle",
+        *("detect", "bundle"),
     ),
     "annotation": ("record", "seg_nrrd", "sparse", "dicom_seg", "review"),
     "public_data": (

@@ -12,14 +12,16 @@ from pe_app.cli.options import progress_bars
 
 
 def bench(
-    series: Annotated[Path | None, typer.Argument(help="Folder of a DICOM series. [default: a simulated one]")] = None,
+    series: Annotated[
+        Path | None, typer.Argument(help="Folder of a DICOM series.", show_default="a simulated one")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
     device: Annotated[str, typer.Option(help="Of the networks: cpu, cuda, cuda:1.")] = "cpu",
     step: Annotated[list[str] | None, typer.Option(help="Measure this step only; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of a step; the shortest counts.")] = 3,
     memory: Annotated[bool, typer.Option("--memory", help="Also the memory of a detection of 600 slices.")] = False,
 ) -> None:
-    """Every step beside a textbook implementation and the limit of this machine: seconds and ratios, in one run."""
+    """Seconds of every step, compared with a textbook implementation and the limit of this machine."""
     import torch
     from rich.console import Console
     from rich.table import Table

@@ -18,6 +18,7 @@ from pe_app.common.errors import InputError
 from pe_app.common.progress import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
+    from pe_app.model.detector import ModelCard
     from pe_app.pacs.dicomweb import Access
     from pe_app.training.datasets import Preparation
 
@@ -25,29 +26,43 @@ EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model file; by default the starter model that ships.")]
+Out = Annotated[Path, typer.Option("--out", help="Where the trained model is published.")]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Metrics, curves, checkpoints.", show_default="OUT without suffix + .run")
+]
+Synthetic = Annotated[bool, typer.Option("--synthetic", help="Record that every embolism is simulated or inserted.")]
 StudyList = Annotated[Path, typer.Option("--studies", help="Study list: CSV of study, path, patient, label, ...")]
 
-ArchiveUser = Annotated[str, typer.Option("--user", envvar="PE_ARCHIVE_USER", help="User of the archive; the password "
-                                          "is taken from PE_ARCHIVE_PASSWORD or --password-file.")]  # fmt: skip
+ArchiveUser = Annotated[
+    str,
+    typer.Option(
+        "--user",
+        envvar="PE_ARCHIVE_USER",
+        help="User of the archive; the password is taken from PE_ARCHIVE_PASSWORD or --password-file.",
+    ),
+]
 PasswordFile = Annotated[Path | None, typer.Option("--password-file", help="File whose first line is the password.")]
-CaFile = Annotated[Path | None, typer.Option("--ca", help="Certificates to trust, where the archive's is the "
-                                             "hospital's own.")]  # fmt: skip
+CaFile = Annotated[
+    Path | None, typer.Option("--ca", help="Certificates to trust, where the archive's is the hospital's own.")
+]
 
 Patient = Annotated[str, typer.Option("--patient", help="Of an archive: only this Patient ID; * for any text.")]
 Date = Annotated[str, typer.Option("--date", help="Of an archive: only studies of a day or days, 20260101-20260131.")]
-Description = Annotated[str, typer.Option("--description", help="Of an archive: only series described so, *PE*.")]
+Description = Annotated[
+    str, typer.Option("--description", help="Of an archive: only series with this Series Description, *PE*.")
+]
 
 
 def archive_query(patient: str, date: str, description: str) -> dict[str, str]:
     """What to ask an archive for, by DICOM keyword.
 
     Raises:
-        InputError: if the date is none.
+        InputError: if the date is not a valid one.
     """
     if not re.fullmatch(r"|\d{8}|\d{8}-(\d{8})?|-\d{8}", date):
         raise InputError(f"--date {date}: expected a day, 20260101, or days, 20260101-20260131 or 20260101-")
-    asked = {"PatientID": patient, "StudyDate": date, "SeriesDescription": description}
-    return {keyword: value for keyword, value in asked.items() if value}
+    wanted = {"PatientID": patient, "StudyDate": date, "SeriesDescription": description}
+    return {keyword: value for keyword, value in wanted.items() if value}
 
 
 def archive_access(url: str, user: str, password_file: Path | None, ca: Path | None) -> Access:
@@ -71,32 +86,40 @@ def archive_access(url: str, user: str, password_file: Path | None, ca: Path | N
 
 Accept = Annotated[
     list[str] | None,
-    typer.Option(
-        "--accept", help="Code of a refusal that only warns here, e.g. no_contrast; may be given several times."
-    ),
+    typer.Option("--accept", help="Code of a refusal that becomes a warning, e.g. no_contrast; may be repeated."),
 ]
 Refuse = Annotated[
     list[str] | None,
-    typer.Option("--refuse", help="Code of a warning that refuses here, e.g. lungs_cut; may be given several times."),
+    typer.Option("--refuse", help="Code of a warning that becomes a refusal, e.g. lungs_cut; may be repeated."),
 ]
-Limits = Annotated[
-    Path | None, typer.Option("--limits", help="JSON file with other limits of the quality gate (docs/quality.md).")
-]
+Limits = Annotated[Path | None, typer.Option("--limits", help="JSON file with other limits of the quality gate.")]
 
 
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes that prepare studies, beside each "
-                                             "that trains, and read ahead. [default: one a core; they read ahead for "
-                                             "a GPU only]")]  # fmt: skip
-CacheLimit = Annotated[str, typer.Option("--cache-limit", help="How large the folder of prepared files may grow, 200GB "
-                                         "or 2TB; what would need more is refused before it starts. [default: the "
-                                         "disk]", show_default=False)]  # fmt: skip
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes that prepare studies and load training data.",
+        show_default="one per core; loading ahead for a GPU only",
+    ),
+]
+CacheLimit = Annotated[
+    str,
+    typer.Option(
+        "--cache-limit",
+        help="Largest size of the folder of prepared files, 200GB "
+        "or 2TB; a training that needs more is refused before it starts.",
+        show_default="the size of the disk",
+    ),
+]
 
 
 def preparation(workers: int | None, cache_limit: str) -> Preparation:
     """How missing files of a cache are made.
 
     Raises:
-        InputError: if the limit is none.
+        InputError: if the limit is not a size.
     """
     from pe_app.common import distributed
     from pe_app.training.datasets import Preparation
@@ -105,27 +128,34 @@ def preparation(workers: int | None, cache_limit: str) -> Preparation:
     if cache_limit and not size:
         raise InputError(f"--cache-limit {cache_limit}: expected a size such as 500MB, 200GB or 2TB")
     limit = int(float(size[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[size[2].upper()]) if size else None
-    return Preparation(workers or distributed.processors(), limit)
+    return Preparation(workers or distributed.cores_per_process(), limit)
 
 
-def reading_ahead(workers: int | None) -> int:
-    """Processes that read items ahead of a training."""
+def loader_workers(workers: int | None) -> int:
+    """Data loader workers of a training."""
     from pe_app.common import distributed
 
-    return distributed.worth_reading_ahead() if workers is None else workers if workers > 1 else 0
+    return distributed.default_loader_workers() if workers is None else workers if workers > 1 else 0
 
 
-def tell_once(text: str) -> None:
-    """Print a line; of several processes that torchrun started the first one does."""
+def echo_once(text: str) -> None:
+    """Print a line; of several processes that torchrun started only the first one does."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(text)
 
 
+def echo_terms(card: ModelCard) -> None:
+    """Print the terms of use of the data that a model learned from."""
+    if card.terms:
+        kind = " This model is for non-commercial use only." if card.non_commercial else ""
+        echo_once(f"Terms of use of the data it learned from: {'; '.join(card.terms)}.{kind}")
+
+
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """A callback that shows one bar a task with the time left, on standard error.
+    """A callback that shows one bar per task with the time left, on standard error.
 
-    Of several processes that torchrun started the first one shows it.
+    Of several processes that torchrun started only the first one shows it.
     """
     if os.environ.get("RANK", "0") != "0":
         yield silent
@@ -139,7 +169,7 @@ def progress_bars() -> Iterator[ProgressCallback]:
         TextColumn("{task.fields[text]}"),
     )
     tasks: dict[str, TaskID] = {}
-    # an hour: a unit may take minutes, and the time left is told from at least two of them
+    # an hour: a unit may take minutes, and the time left is estimated from at least two of them
     with Bar(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bar:
 
         def show(progress: Progress) -> None:

@@ -11,7 +11,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -29,11 +28,11 @@ class VerbsOfOthers(TyperGroup):
         found = sorted(entry_points(group="pe_app.commands"), key=lambda entry: entry.name)
         return tuple(typer.main.get_group(entry.load()) for entry in found)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Names of all verbs, ours first."""
         return [*super().list_commands(ctx), *(name for group in self._others for name in group.list_commands(ctx))]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, cmd_name: str):  # type: ignore[no-untyped-def, override]
         """A verb by its name; ours where two have the same."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:

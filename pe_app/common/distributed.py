@@ -1,7 +1,7 @@
-"""Several processes that train one model together, as torchrun starts them: who this one is, what all of them know.
+"""Data-parallel training as torchrun starts it: the process group, shards, collectives, global-batch statistics.
 
-Every process does the same calls in the same order. In a program that was started alone there is one process, and
-every function here does what is plain then. Process 0 is the main one: it alone writes and tells the progress.
+Every process makes the same calls in the same order. In a program that was started alone the world size is 1, and
+every collective here returns its own input. Rank 0 is the main process: it alone writes files and reports progress.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ T = TypeVar("T")
 Job = TypeVar("Job")
 
 MOST_WORKERS = 16
-"""Cores that one process can make use of, for others that prepare and read for it."""
+"""Cores that one process can use for its worker processes."""
 
-PATIENCE = timedelta(days=7)
-"""One process may prepare studies for hours while the others wait; torchrun itself sees when one of them ends."""
+TIMEOUT = timedelta(days=7)
+"""One rank may prepare studies for hours while the others wait; torchrun itself notices when one of them ends."""
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set).
+def process_group() -> Iterator[None]:
+    """The group of processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set).
 
-    NCCL joins their GPUs, one each, and gloo their processors. Without torchrun nothing happens.
+    NCCL on GPUs, one per process, gloo on CPUs. Without torchrun nothing happens.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
@@ -46,76 +46,76 @@ def joined() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    store, number, count = next(rendezvous("env://", timeout=PATIENCE))
+    store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
     # torchrun keeps its store when it starts all again, with the addresses of those that have ended
     again = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=again, rank=number, world_size=count, timeout=PATIENCE)
+    dist.init_process_group(backend, store=again, rank=number, world_size=count, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after an error: the others may not come here any more
 
 
-def size() -> int:
-    """How many processes work together."""
+def world_size() -> int:
+    """Processes in the group; 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
-    return dist.get_rank() if size() > 1 else 0
+    """Number of this process in the group, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and tells."""
+    """Whether this is the process that writes files and reports progress."""
     return rank() == 0
 
 
-def part(total: int) -> slice:
-    """Which of ``total`` things, in a row that all processes know, this one takes; sizes differ by at most one."""
-    return slice(rank() * total // size(), (rank() + 1) * total // size())
+def shard_slice(total: int) -> slice:
+    """The contiguous shard of ``total`` items that belongs to this rank; shard sizes differ by at most one."""
+    return slice(rank() * total // world_size(), (rank() + 1) * total // world_size())
 
 
-def processors() -> int:
-    """Processor cores for each of the processes on this machine; more than some are of no use to it."""
+def cores_per_process() -> int:
+    """CPU cores for each of the processes on this machine, at most ``MOST_WORKERS``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), MOST_WORKERS)
 
 
-def worth_reading_ahead() -> int:
-    """Processes that read ahead for a training that runs on a GPU; a training on the processor needs it for itself."""
-    return processors() - 1 if torch.cuda.is_available() else 0
+def default_loader_workers() -> int:
+    """Data loader workers: all other cores for a training on a GPU, none on the CPU, which needs them itself."""
+    return cores_per_process() - 1 if torch.cuda.is_available() else 0
 
 
-def gathered(own: T) -> list[T]:
-    """What every process brings, in their order."""
-    if size() == 1:
+def all_gather(own: T) -> list[T]:
+    """One object from every rank, in the order of ranks."""
+    if world_size() == 1:
         return [own]
-    everything: list[T] = [own] * size()
+    everything: list[T] = [own] * world_size()
     dist.all_gather_object(everything, own)
     return everything
 
 
-def dealt(jobs: Sequence[Job]) -> Sequence[Job]:
-    """The jobs of a row, known to all processes, that this one does."""
-    return jobs[rank() :: size()]
+def shard(jobs: Sequence[Job]) -> Sequence[Job]:
+    """The shard of this rank, of jobs that all ranks know: every ``world_size``-th, starting at ``rank``."""
+    return jobs[rank() :: world_size()]
 
 
-def collected(own: Sequence[T]) -> list[T]:
-    """What came of all jobs, in their order, from what came of those that were dealt to each process."""
-    parts = gathered(own)
-    return [parts[number % size()][number // size()] for number in range(sum(map(len, parts)))]
+def gather_shards(own: Sequence[T]) -> list[T]:
+    """Results of all jobs in their order, from the results of each rank's ``shard``."""
+    parts = all_gather(own)
+    return [parts[number % world_size()][number // world_size()] for number in range(sum(map(len, parts)))]
 
 
-def shared(make: Callable[[Job], T], jobs: Sequence[Job]) -> list[T]:
-    """``make(job)`` of every job, each process doing those dealt to it."""
-    with agreed():
-        own = [make(job) for job in dealt(jobs)]
-    return collected(own)
+def map_sharded(make: Callable[[Job], T], jobs: Sequence[Job]) -> list[T]:
+    """``make(job)`` of every job on all ranks; each rank computes its own shard."""
+    with raised_together():
+        own = [make(job) for job in shard(jobs)]
+    return gather_shards(own)
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
-    """A block that all processes leave together: if one of them meets bad input or is asked to stop, all raise that."""
-    if size() == 1:
+def raised_together() -> Iterator[None]:
+    """A block that all ranks leave together: an ``InputError`` or ``Cancelled`` on one of them is raised on all."""
+    if world_size() == 1:
         yield
         return
     error: InputError | Cancelled | None = None
@@ -123,46 +123,46 @@ def agreed() -> Iterator[None]:
         yield
     except (InputError, Cancelled) as raised:
         error = raised
-    first = next((each for each in gathered(error) if each is not None), None)
+    first = next((each for each in all_gather(error) if each is not None), None)
     if first is not None:
         raise first
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What the main process makes, or the error it met, for all."""
-    if size() == 1:
+    """Result of ``work`` on the main process, broadcast to all ranks; so is its error."""
+    if world_size() == 1:
         return work()
     result: list[T | None] = [None]
-    with agreed():
+    with raised_together():
         if is_main():
             result = [work()]
     dist.broadcast_object_list(result)
     return result[0]  # type: ignore[return-value]
 
 
-def summed(own: Tensor) -> Tensor:
-    """The sum over all processes of a tensor on the CPU; without gradient."""
+def all_reduce_sum(own: Tensor) -> Tensor:
+    """Sum over all ranks of a tensor on the CPU; without gradient."""
     total = own.detach().clone()
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(total)
     return total
 
 
-def whole(own: Tensor) -> tuple[Tensor, slice]:
-    """A small tensor of which every process holds some rows, complete, and which rows are its own."""
-    if size() == 1:
+def gather_rows(own: Tensor) -> tuple[Tensor, slice]:
+    """All rows of a small tensor whose rows are spread over the ranks, and the slice of this rank's own."""
+    if world_size() == 1:
         return own, slice(0, len(own))
-    rows = gathered(own.cpu())
+    rows = all_gather(own.cpu())
     start = sum(len(each) for each in rows[: rank()])
     return torch.cat(rows).to(own.device), slice(start, start + len(own))
 
 
-class DropoutOfWholeBatch(TorchFunctionMode):
-    """Within, dropout is drawn for the whole batch: each item loses what it would lose in one process alone.
+class GlobalBatchDropout(TorchFunctionMode):
+    """Within, dropout masks are drawn for the global batch: each item gets the mask it would get in a single process.
 
     Args:
-        own: the items of the batch that this process holds.
-        total: items of the batch.
+        own: the items of the global batch that this rank holds.
+        total: items of the global batch.
     """
 
     def __init__(self, own: slice, total: int) -> None:
@@ -179,14 +179,14 @@ class DropoutOfWholeBatch(TorchFunctionMode):
 
 
 @contextmanager
-def normalising_whole_batches(network: nn.Module) -> Iterator[None]:
-    """Within, batch normalisation uses mean and variance of the whole batch; names, weights and buffers stay."""
+def synchronised_batch_norm(network: nn.Module) -> Iterator[None]:
+    """Within, batch normalisation uses mean and variance of the global batch; names, weights and buffers stay."""
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    if size() > 1:
+    if world_size() > 1:
         for module in list(network.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                    setattr(module, name, _of_whole_batches(child))
+                    setattr(module, name, _synchronised(child))
                     replaced.append((module, name, child))
     try:
         yield
@@ -196,29 +196,29 @@ def normalising_whole_batches(network: nn.Module) -> Iterator[None]:
             setattr(module, name, child)
 
 
-def _of_whole_batches(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
-    """To be put in the place of ``norm``, with its weights and running statistics themselves."""
-    kind = nn.SyncBatchNorm if next(norm.parameters()).is_cuda else WholeBatchNorm
+def _synchronised(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    """A synchronised layer that shares the weights and running statistics of ``norm``."""
+    kind = nn.SyncBatchNorm if next(norm.parameters()).is_cuda else SyncBatchNormOnCpu
     made = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     made._parameters, made._buffers = norm._parameters, norm._buffers
     return made.train(norm.training)
 
 
-class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What torch's ``SyncBatchNorm`` is on GPUs, on processors; with weights, for batches of any number of axes."""
+class SyncBatchNormOnCpu(nn.modules.batchnorm._BatchNorm):
+    """torch's ``SyncBatchNorm`` for CPUs, where torch has none; with weights, for batches of any number of axes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of every batch normalisation; ``x`` may hold no item."""
+        """Batch normalisation over the global batch; ``x`` may be empty on a rank."""
         if not self.training:
             return super().forward(x)
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = summed(torch.tensor(x.numel() // x.shape[1])).item()
-        mean: Tensor = _SumOfAll.apply(wide.sum(axes)) / count
+        count = all_reduce_sum(torch.tensor(x.numel() // x.shape[1])).item()
+        mean: Tensor = _AllReduceSum.apply(wide.sum(axes)) / count
         deviation = wide - mean.view(shape)
         # squares of deviations, not of values, whose difference would lose digits
-        variance: Tensor = _SumOfAll.apply(deviation.square().sum(axes)) / count
+        variance: Tensor = _AllReduceSum.apply(deviation.square().sum(axes)) / count
         self._remember(mean.detach(), variance.detach() * (count / (count - 1)))
         scale = (variance + self.eps).rsqrt() * self.weight
         return (deviation * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
@@ -227,7 +227,7 @@ class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
         pass
 
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        """Into the running statistics; without a momentum they are plain averages."""
+        """Update the running statistics; without a momentum they are cumulative averages."""
         batches = self.num_batches_tracked
         if batches is None or self.running_mean is None or self.running_var is None:
             return
@@ -237,13 +237,13 @@ class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance, share)
 
 
-class _SumOfAll(torch.autograd.Function):
-    """The sum over all processes; what it is used for in each of them is felt in all."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over all ranks, with its gradient: the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: object, own: Tensor) -> Tensor:
-        return summed(own)
+        return all_reduce_sum(own)
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return summed(gradient)
+        return all_reduce_sum(gradient)

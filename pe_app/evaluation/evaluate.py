@@ -279,9 +279,9 @@ class Evaluation:
 
 def evaluate(
     studies: Sequence[Study],
-    models: Sequence[Path],
-    out: Path,
-    masks: Path | None = None,
+    models: Sequence[str | Path],
+    out: str | Path,
+    masks: str | Path | None = None,
     settings: EvaluationSettings | None = None,
     progress: ProgressCallback = silent,
 ) -> Evaluation:
@@ -300,15 +300,16 @@ def evaluate(
         InputError: if no study can be judged, a model is given twice, or a study was used to train a model.
     """
     settings = settings or EvaluationSettings()
+    paths, out, masks = [Path(model) for model in models], Path(out), Path(masks) if masks is not None else None
     cohort = choose_cohort(studies)
-    detectors = [Detector.load(path) for path in models]
+    detectors = [Detector.load(path) for path in paths]
     identities = [detector.sha256 for detector in detectors]
     if len(set(identities)) < len(identities):
         raise InputError("the same model is given twice: name every model file once")
     images, failures = _identify(cohort.studies, progress)
     leaks = [_training_studies(detector, cohort.studies, images) for detector in detectors]
     if not settings.allow_training_studies:
-        _refuse_training_studies(leaks, models)
+        _refuse_training_studies(leaks, paths)
 
     store = PredictionFile(out / "predictions.jsonl")
     training = [study for study in studies if study.split == "train" and study.label == "positive"]
@@ -331,7 +332,7 @@ def evaluate(
 
     evaluations = tuple(
         _summary(path, name, detector, tuple(predictions), leak, settings)
-        for path, name, detector, predictions, leak in zip(models, _names(models), detectors, found, leaks, strict=True)
+        for path, name, detector, predictions, leak in zip(paths, _names(paths), detectors, found, leaks, strict=True)
     )
     pairs = tuple(_compare(first, second) for first, second in combinations(evaluations, 2))
     return Evaluation(cohort, settings, evaluations, pairs)

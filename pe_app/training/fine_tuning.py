@@ -30,7 +30,7 @@ from pe_app.model.slab_encoder import SlabEncoder
 from pe_app.model.study_classifier import StudyClassifier
 from pe_app.studies import Study
 from pe_app.training.datasets import StudyItem, prepare_arrays, read_sources
-from pe_app.training.loop import Columns, fit
+from pe_app.training.loop import ItemMetrics, fit
 from pe_app.training.run import TrainingRun
 from pe_app.training.stages import (
     LABELS,
@@ -54,7 +54,8 @@ class FineTuning(ClassifierTraining):
     """How both stages are trained together; all defaults are [ours], the other fields are those of stage II.
 
     Attributes:
-        gradient_slabs: slabs of a study that carry the gradient into the encoder, anew in every step.
+        batch: studies per train step.
+        gradient_slabs: slabs per study that carry the gradient into the encoder, anew in every step.
     """
 
     learning_rate: float = 1e-5
@@ -104,13 +105,13 @@ class JointNetwork(nn.Module):
 
 def train_end_to_end(
     studies: Sequence[Study],
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     *,
     settings: FineTuning | None = None,
     synthetic: bool = False,
-    run_dir: Path | None = None,
-    cache_dir: Path | None = None,
+    run_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     device: torch.device | None = None,
     progress: ProgressCallback = silent,
 ) -> Detector:
@@ -132,9 +133,9 @@ def train_end_to_end(
     Raises:
         InputError: if the model is not trained, a study cannot be used, or the run folder is another's.
     """
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         raise InputError("both stages together are trained by one process: start it without torchrun")
-    settings = settings or FineTuning()
+    settings, out = settings or FineTuning(), Path(out)
     device = device or best_device()
     base = Detector.load(model).to(device)
     if base.card.classifier is None:
@@ -153,14 +154,15 @@ def train_end_to_end(
         optimiser = torch.optim.Adam(joint.parameters(), lr=settings.learning_rate)
         more = {"model": base.sha256, "synthetic": str(synthetic)}
         run.resume(training_identity(settings, network_shapes(base), sources, more), joint, optimiser)
+        run.keep_settings((settings,))
         if not run.state.published:
             key = hashlib.sha256(json.dumps(["pixels", asdict(base.slabs)]).encode()).hexdigest()
-            kept = cache_dir or run.folder / "studies"
+            kept = Path(cache_dir or run.folder / "studies")
             files = prepare_arrays(sources, "prepare studies", key, pixels, kept, run.report)
             train, validation = (labelled_studies(usable, files, side) for side in SIDES)
             check_apart(train.files, validation.files)
 
-            def score(items: StudyItem, generator: torch.Generator | None) -> Columns:
+            def score(items: StudyItem, generator: torch.Generator | None) -> ItemMetrics:
                 count = items.features.shape[1]
                 learning = torch.randperm(count, generator=generator)[: settings.gradient_slabs if generator else 0]
                 labels = items.label.to(device)

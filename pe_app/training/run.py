@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import pickle
 import subprocess
@@ -27,13 +28,18 @@ from torch import Tensor, nn
 
 from pe_app.common import distributed
 from pe_app.common.errors import InputError
+from pe_app.common.extras import missing_packages
 from pe_app.common.files import replacing, write_durably
 from pe_app.common.progress import Cancelled, Progress, ProgressCallback
+from pe_app.common.settings import as_toml
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
 """Figures of one epoch by name; ``epoch``, ``seconds`` and ``waiting``, the share of these without data, among them."""
@@ -158,6 +164,13 @@ class TrainingRun:
         if not self.state.published:
             self._show()  # the last epoch may have been kept, but not shown any more
 
+    def keep_settings(self, settings: Sequence[DataclassInstance]) -> None:
+        """Write ``settings.toml``, from which ``pe-app train ... --settings`` repeats the training."""
+        if distributed.is_main():
+            here = "# Settings of this run; repeat them with: pe-app train ... --settings settings.toml\n\n"
+            without = frozenset({"augment", "workers", "feature_channels", "grid"})  # derived, or of this machine
+            write_durably(self.folder / "settings.toml", here + as_toml(settings, without))
+
     def finish_epoch(self, network: nn.Module, optimiser: torch.optim.Optimizer, metrics: Metrics) -> None:
         """Keep what an epoch has learned; from here on it is not repeated."""
         history = (*self.state.history, dict(metrics))
@@ -232,6 +245,10 @@ class TrainingRun:
     def _log_scalars(self, metrics: Metrics) -> None:
         """One epoch for TensorBoard; one that is logged again after an interruption replaces the former."""
         epoch = int(metrics["epoch"])
+        if missing_packages("tensorboard"):
+            if epoch == 1:
+                logger.info("No TensorBoard events (pip install 'pe-app[tensorboard]'); metrics.csv has all figures")
+            return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only training needs it
 

@@ -52,7 +52,7 @@ from pe_app.training.datasets import (
     prepare_slabs,
     read_sources,
 )
-from pe_app.training.loop import Columns, Schedule, derived_seed, fit
+from pe_app.training.loop import ItemMetrics, Schedule, derived_seed, fit
 from pe_app.training.run import TrainingRun, git_revision, utc_now
 
 SIDES: tuple[Split, ...] = ("train", "validation")
@@ -66,7 +66,7 @@ class EncoderTraining:
 
     Attributes:
         learning_rate: of Adam.
-        batch: slabs a step, over all processes.
+        batch: slabs per train step, over all processes.
         epochs: passes over the training slabs; the one with the highest validation accuracy is published.
         validation_fraction: share of patients kept for validation.
         attention_weight: lambda, the weight of the attention loss; 0 is the paper's scenario 2.
@@ -86,7 +86,7 @@ class EncoderTraining:
             of every epoch, before validation: in short trainings they lag behind the weights [ours].
         twins: learn from pairs of the same chest with and without embolism, as simulations can give them
             (``datasets.TwinSlabs``), changed alike at random; a batch is then so many pairs [ours].
-        precision: number format of the network; weights stay float32 [ours].
+        precision: dtype of the network; weights stay float32 [ours].
         workers: processes that read slabs ahead, for each that trains; 0 reads in between, which two processor cores
             like best.
         seed: of first weights, split, draw of slabs, order and augmentation.
@@ -121,12 +121,22 @@ class EncoderTraining:
 
 @dataclass(frozen=True)
 class ClassifierTraining:
-    """How stage II is trained. The defaults are the paper's (section 3.1); fields are as in stage I, and one more.
+    """How stage II is trained. The defaults are the paper's (section 3.1) unless marked [ours].
 
     Attributes:
+        learning_rate: of Adam.
+        batch: studies per train step, over all processes.
+        epochs: passes over the training studies; the one with the highest validation accuracy is published.
+        validation_fraction: share of patients kept for validation.
+        schedule: of the learning rate: constant, or falling from epoch to epoch along half a cosine [ours].
+        fresh_statistics: estimate the running statistics of batch normalisation anew over the training studies at the
+            end of every epoch, before validation [ours].
         pooled: weigh a few numbers of stage I's strongest cells by logistic regression (``PooledClassifier``) instead
             of training a ConvLSTM: for as few labelled studies as a ConvLSTM cannot learn from [ours]. Nothing but
             ``validation_fraction`` and ``seed`` then matters, there is one epoch.
+        precision: dtype of the network; weights stay float32 [ours].
+        workers: data loader workers, for each process that trains; 0 loads in between.
+        seed: of first weights, split, order and dropout.
     """
 
     learning_rate: float = 1e-4
@@ -146,17 +156,17 @@ class ClassifierTraining:
 
 def train_encoder(
     studies: Sequence[Study],
-    out: Path,
+    out: str | Path,
     *,
     settings: EncoderTraining | None = None,
     slabs: SlabConfig | None = None,
     network: EncoderConfig | None = None,
     classifier: ClassifierConfig | None = None,
-    imagenet: Path | None = None,
-    start_from: Path | None = None,
+    imagenet: str | Path | None = None,
+    start_from: str | Path | None = None,
     synthetic: bool = False,
-    run_dir: Path | None = None,
-    slabs_dir: Path | None = None,
+    run_dir: str | Path | None = None,
+    slabs_dir: str | Path | None = None,
     preparation: Preparation = IN_THIS_PROCESS,
     device: torch.device | None = None,
     progress: ProgressCallback = silent,
@@ -186,6 +196,8 @@ def train_encoder(
     """
     settings = settings or EncoderTraining()
     device = device or best_device()
+    out = Path(out)
+    imagenet, start_from = (Path(path) if path is not None else None for path in (imagenet, start_from))
     start = Detector.untrained(settings.seed, slabs, network, classifier)
     former_terms: tuple[str, ...] = ()
     if start_from is not None:
@@ -200,7 +212,7 @@ def train_encoder(
 
     usable = [study for study in split(studies, settings) if _for_encoder(study) and study.split in SIDES]
     with TrainingRun(run_folder(out, run_dir), "train encoder", settings.epochs, progress) as run:
-        kept = slabs_dir or run.folder / "slabs"
+        kept = Path(slabs_dir or run.folder / "slabs")
         sources = read_sources(usable, progress=run.report, cache_dir=kept)
         optimiser = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
         pretrained = hashlib.sha256(imagenet.read_bytes()).hexdigest() if imagenet else "none"
@@ -208,6 +220,7 @@ def train_encoder(
         more = {"imagenet": pretrained, "start_from": former_weights, "synthetic": str(synthetic)}
         identity = training_identity(settings, network_shapes(start), sources, more)
         run.resume(identity, encoder, optimiser)
+        run.keep_settings((settings, start.slabs, encoder.config, start.classifier.config))
         if not run.state.published:
             train, validation = (
                 prepared_slabs(sources, side, start.slabs, settings, kept, run.report, preparation) for side in SIDES
@@ -217,7 +230,7 @@ def train_encoder(
             together = 2 if settings.twins else 1
             unchanged = Augmentation(False, 0, 0.0, settings.augmentation.window_cells)
 
-            def score(items: SlabItem, generator: torch.Generator | None) -> Columns:
+            def score(items: SlabItem, generator: torch.Generator | None) -> ItemMetrics:
                 if settings.twins:
                     items = SlabItem(*(part.flatten(0, 1) for part in items))
                 if settings.augment:
@@ -247,14 +260,14 @@ def train_encoder(
 
 def train_classifier(
     studies: Sequence[Study],
-    encoder: Path,
-    out: Path,
+    encoder: str | Path,
+    out: str | Path,
     *,
     settings: ClassifierTraining | None = None,
     network: ClassifierConfig | None = None,
     synthetic: bool = False,
-    run_dir: Path | None = None,
-    cache_dir: Path | None = None,
+    run_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     preparation: Preparation = IN_THIS_PROCESS,
     device: torch.device | None = None,
     progress: ProgressCallback = silent,
@@ -282,6 +295,7 @@ def train_classifier(
     """
     settings = settings or ClassifierTraining()
     device = device or best_device()
+    out = Path(out)
     base = Detector.load(encoder)
     if base.card.encoder is None:
         raise InputError(f"model {encoder}: its encoder is not trained: train stage I first")
@@ -295,12 +309,13 @@ def train_classifier(
     usable = [study for study in split(studies, settings) if study.label in LABELS and study.split in SIDES]
     check_labels(usable)
     with TrainingRun(run_folder(out, run_dir), "train classifier", settings.epochs, progress) as run:
-        kept = cache_dir or run.folder / "features"
+        kept = Path(cache_dir or run.folder / "features")
         sources = read_sources(usable, annotations=False, progress=run.report, cache_dir=kept)
         optimiser = torch.optim.Adam(classifier.parameters(), lr=settings.learning_rate)
         more = {"encoder": encoder_key(base), "synthetic": str(synthetic)}
         identity = training_identity(settings, network_shapes(start), sources, more)
         run.resume(identity, classifier, optimiser)
+        run.keep_settings((settings,))
         if not run.state.published:
             files = encode_sources(base.to(device), sources, kept, run.report, preparation)
             train, validation = (labelled_studies(usable, files, side) for side in SIDES)
@@ -309,7 +324,7 @@ def train_classifier(
                 classifier.read_cells_as(base.encoder)
                 classifier.fit(*train.pooled_numbers(classifier))
 
-            def score(items: StudyItem, _: torch.Generator | None) -> Columns:
+            def score(items: StudyItem, _: torch.Generator | None) -> ItemMetrics:
                 return score_studies(classifier, items, settings)
 
             fit(run, classifier, optimiser, (train, validation), score, settings)
@@ -336,7 +351,7 @@ def split(studies: Sequence[Study], settings: EncoderTraining | ClassifierTraini
     return split_studies([decided.get(study.study, study) for study in studies], share, seed)
 
 
-def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining) -> Columns:
+def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining) -> ItemMetrics:
     """How well the encoder judges and looks at a batch of slabs, with the graph for learning from ``loss``.
 
     ``loss = classification_loss + attention_weight * attention_loss`` (equation (4) of the paper) for every slab; the
@@ -371,7 +386,7 @@ def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining
     }
 
 
-def score_studies(network: nn.Module, items: StudyItem, settings: ClassifierTraining) -> Columns:
+def score_studies(network: nn.Module, items: StudyItem, settings: ClassifierTraining) -> ItemMetrics:
     """How well a network judges a batch of studies: ``loss`` is the binary cross-entropy of every study."""
     device = next(network.parameters()).device
     labels = items.label.to(device)
@@ -414,11 +429,11 @@ def _for_encoder(study: Study) -> bool:
     return study.annotation is not None or study.label == "negative"
 
 
-def run_folder(out: Path, run_dir: Path | None) -> Path:
+def run_folder(out: Path, run_dir: str | Path | None) -> Path:
     """Where a training lives: beside its result, if nothing else is said."""
     if out.is_dir():  # better said now than after the training
         raise InputError(f"{out}: is a folder: name the file that the model is to be published to")
-    return run_dir or out.with_suffix(".run")
+    return Path(run_dir or out.with_suffix(".run"))
 
 
 def check_labels(studies: Sequence[Study]) -> None:

@@ -449,7 +449,7 @@ def test_the_words_a_person_types(disc, tmp_path):
     studies = tmp_path / "studies"
     result = CliRunner().invoke(app, ["import", str(disc), "--studies", str(studies), "--workers", "2"])
     assert result.exit_code == 0, result.output
-    assert "2 studies imported (2 of them unfit for detection), 0 known from before" in result.output
+    assert "2 studies imported (2 of them unfit for detection), 0 unchanged, skipped" in result.output
     assert "Scout" in result.output
     assert json.loads((studies / ".pe" / "sources" / f"{cts(studies)[0].stem}.json").read_text())["schema"]
 

@@ -343,5 +343,5 @@ def test_a_request_to_end_ends_the_watch(folder, detector, tmp_path):
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, "Stopped; the same command goes on" in said) == (130, True), said
+    assert (process.returncode, "Stopped; the same command resumes" in said) == (130, True), said
     assert handled(tmp_path / "out") == ["a"]

@@ -28,7 +28,7 @@ from pe_app.model.detector import Detector
 from pe_app.studies import write_studies
 from pe_app.training.datasets import Augmentation, SlabItem, StudyItem, augmented, encode_studies
 from pe_app.training.fine_tuning import train_end_to_end
-from pe_app.training.loop import _Batch, _Judge, _learn
+from pe_app.training.loop import _Batch, _Scorer, _train_step
 from pe_app.training.stages import ClassifierTraining, EncoderTraining, score_slabs, train_classifier, train_encoder
 
 HERE = Path(__file__).parents[1]
@@ -82,22 +82,22 @@ def learn(total: int) -> dict[str, torch.Tensor]:
     network = Small().double()
     batches = [100 + 50 * torch.rand(count, 3, 4, 4).double() for count in (5, 4, total)]
     names = list(network.state_dict())
-    with distributed.normalising_whole_batches(network):
+    with distributed.synchronised_batch_norm(network):
         assert list(network.state_dict()) == names
         learner = network
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             learner = nn.parallel.DistributedDataParallel(network)
         optimiser = torch.optim.SGD(network.parameters(), 0.1)
         torch.manual_seed(1)
         for batch in batches:
-            own = distributed.part(len(batch))
+            own = distributed.shard_slice(len(batch))
             optimiser.zero_grad()
-            with distributed.DropoutOfWholeBatch(own, len(batch)):
+            with distributed.GlobalBatchDropout(own, len(batch)):
                 losses = learner(batch[own]).square()
-            (losses.sum() * distributed.size() / len(batch)).backward()
+            (losses.sum() * distributed.world_size() / len(batch)).backward()
             optimiser.step()
     kinds = {type(module) for module in network.modules()}
-    assert distributed.WholeBatchNorm not in kinds
+    assert distributed.SyncBatchNormOnCpu not in kinds
     assert network.norm.training
     seen = network.eval()(batches[0])
     return {**network.state_dict(), "seen": seen}
@@ -117,7 +117,7 @@ def learn_stage(stage: str) -> dict[str, torch.Tensor]:
     detector = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
     network = getattr(detector, stage).double()
     generator = torch.Generator().manual_seed(0)
-    judge = _Judge(
+    judge = _Scorer(
         network,
         lambda items, _: (
             score_slabs(network, items, EncoderTraining(precision="float32"))
@@ -126,12 +126,12 @@ def learn_stage(stage: str) -> dict[str, torch.Tensor]:
         ),
     )
     losses = []
-    with distributed.normalising_whole_batches(network):
-        learner = nn.parallel.DistributedDataParallel(judge) if distributed.size() > 1 else judge
+    with distributed.synchronised_batch_norm(network):
+        learner = nn.parallel.DistributedDataParallel(judge) if distributed.world_size() > 1 else judge
         optimiser = torch.optim.Adam(network.parameters(), 1e-3)
         torch.manual_seed(1)  # of dropout
         for total in (5, 4, 1):
-            own = distributed.part(total)
+            own = distributed.shard_slice(total)
             if stage == "encoder":
                 slab = torch.rand(total, 5, 64, 64, generator=generator).double()
                 label = torch.tensor([1, 0, 1, 0, 1])[:total]
@@ -140,8 +140,8 @@ def learn_stage(stage: str) -> dict[str, torch.Tensor]:
             else:
                 features = torch.rand(total, 6, 64, 4, 4, generator=generator).double()
                 items = StudyItem(features[own], torch.tensor([1.0, 0, 1, 0, 1])[:total][own].double())
-            columns = _learn(learner, optimiser, _Batch(items, own, total), generator)
-            losses.append(distributed.whole(columns["loss"])[0])
+            columns = _train_step(learner, optimiser, _Batch(items, own, total), generator)
+            losses.append(distributed.gather_rows(columns["loss"])[0])
     return {**network.state_dict(), "losses": torch.cat(losses)}
 
 
@@ -163,7 +163,7 @@ def test_slabs_are_changed_as_they_would_be_in_one_process(tmp_path):
     def change() -> list[torch.Tensor]:
         settings = Augmentation(flip=True, shift_cells=2, jitter_hu=30, window_cells=3)
         generator = torch.Generator().manual_seed(4)
-        own = [2 * bound for bound in (distributed.part(7).start, distributed.part(7).stop)]
+        own = [2 * bound for bound in (distributed.shard_slice(7).start, distributed.shard_slice(7).stop)]
         part = slice(*own)
         items = SlabItem(slabs[part], targets[part], torch.zeros(14)[part], torch.zeros(14)[part])
         return list(augmented(items, settings, config, generator, together=2)[:2])
@@ -182,7 +182,11 @@ def test_jobs_come_back_in_their_order_and_every_one_is_done_once(tmp_path):
             done.append(job)
             return job * job
 
-        return distributed.shared(square, range(7)), done, distributed.from_main(lambda: f"of {distributed.rank()}")
+        return (
+            distributed.map_sharded(square, range(7)),
+            done,
+            distributed.from_main(lambda: f"of {distributed.rank()}"),
+        )
 
     found = together(work, tmp_path, size=3)
     assert [squares for squares, _, _ in found] == [[n * n for n in range(7)]] * 3
@@ -195,7 +199,7 @@ def test_what_one_process_meets_all_raise_and_none_waits_for_ever(tmp_path):
         said = []
         for number, error in ((1, InputError("study x: broken")), (0, Cancelled("enough"))):
             try:
-                with distributed.agreed():
+                with distributed.raised_together():
                     if distributed.rank() == number:
                         raise error
             except (InputError, Cancelled) as met:

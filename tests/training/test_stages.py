@@ -32,7 +32,7 @@ from pe_app.model.study_classifier import PooledClassifier, StudyClassifier
 from pe_app.studies import Study
 from pe_app.training import run as training_run
 from pe_app.training.datasets import SlabItem, StudyItem, prepare_slabs, read_sources
-from pe_app.training.loop import _Clock, _estimate_statistics, _Judge, derived_seed, learning_rate
+from pe_app.training.loop import _Clock, _estimate_statistics, _Scorer, derived_seed, learning_rate
 from pe_app.training.run import TrainingRun, metrics_csv
 from pe_app.training.stages import (
     ClassifierTraining,
@@ -724,7 +724,7 @@ def test_fresh_statistics_are_the_means_over_the_training_side():
     side = [StudyItem(value, torch.tensor(0)) for value in values]
     network = Net()
     settings = ClassifierTraining(batch=4, fresh_statistics=True)
-    _estimate_statistics(_Judge(network, lambda items, _: {"logit": network(items.features)}), side, settings)
+    _estimate_statistics(_Scorer(network, lambda items, _: {"logit": network(items.features)}), side, settings)
     assert network.norm.running_mean.item() == pytest.approx(values.mean().item())
     assert network.norm.momentum == 0.1
     assert not network.norm.training or not network.training

@@ -168,7 +168,7 @@ def train(folder: Path, stop: Stop) -> Detector:
         synthetic=request.settings["synthetic"],
         run_dir=folder,
         cache_dir=features,
-        preparation=Preparation(distributed.processors()),
+        preparation=Preparation(distributed.cores_per_process()),
         progress=report,
     )
     if distributed.is_main():
@@ -189,14 +189,14 @@ def _train_encoder(
         classifier=_make(ClassifierConfig, settings),
         synthetic=settings["synthetic"],
         run_dir=folder,
-        preparation=Preparation(distributed.processors()),
+        preparation=Preparation(distributed.cores_per_process()),
         progress=report,
     )
 
 
 def _reading_ahead(settings: Settings) -> Settings:
     """The settings with as many processes that read ahead as this machine has use for, unless some were asked for."""
-    return {**settings, "workers": settings["workers"] or distributed.worth_reading_ahead()}
+    return {**settings, "workers": settings["workers"] or distributed.default_loader_workers()}
 
 
 def tell_end(folder: Path, request: Request, state: str, text: str) -> None:
@@ -296,7 +296,7 @@ def _train_together(folder: Path, stop: threading.Event, count: int) -> int:
 
     stop_all = multiprocessing.get_context("spawn").Event()
     threading.Thread(target=lambda: stop.wait() and stop_all.set(), daemon=True).start()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, distributed.processors() // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, distributed.cores_per_process() // count)))
     config = LaunchConfig(
         1, 1, count, run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=RESTARTS
     )
@@ -310,7 +310,7 @@ def _train_together(folder: Path, stop: threading.Event, count: int) -> int:
 
 def _member(folder: str, stop: Stop) -> int:
     """One of several processes that train together."""
-    with distributed.joined():
+    with distributed.process_group():
         level = logging.INFO if distributed.is_main() else logging.ERROR
         logging.basicConfig(level=level, format="%(asctime)s %(message)s")
         return _train(Path(folder), stop)

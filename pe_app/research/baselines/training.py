@@ -28,7 +28,7 @@ from pe_app.training.datasets import (
     StudySource,
     prepare_arrays,
 )
-from pe_app.training.loop import Columns, derived_seed, fit
+from pe_app.training.loop import ItemMetrics, derived_seed, fit
 from pe_app.training.run import TrainingRun
 from pe_app.training.stages import (
     LABELS,
@@ -219,7 +219,7 @@ def _trained(
         run.resume(training_identity(settings, {"network": shape}, sources, {"task": task}), network, optimiser)
         if not run.state.published:
 
-            def score(items: StudyItem, _: torch.Generator | None) -> Columns:
+            def score(items: StudyItem, _: torch.Generator | None) -> ItemMetrics:
                 return score_studies(network, items, settings)
 
             fit(run, network, optimiser, prepare(run.report), score, settings)

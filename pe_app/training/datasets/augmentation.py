@@ -67,7 +67,7 @@ def augmented(
 
     Where several processes hold parts of the batch, it is drawn for the whole: windows depend on each other's targets.
     """
-    targets, own = distributed.whole(items.target)  # cells of which nothing is known, -1, stay where they are
+    targets, own = distributed.gather_rows(items.target)  # cells of which nothing is known, -1, stay where they are
     changes = _drawn(targets, augmentation, config, generator, together).of(own)
     slabs = _moved(items.slab, changes, ENCODER_STRIDE)
     targets = _moved(items.target, changes, 1)

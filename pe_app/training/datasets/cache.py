@@ -129,13 +129,13 @@ def prepare(
     Raises:
         InputError: if a study cannot be used; if there is no room for what is missing, before any of it is made.
     """
-    found = distributed.shared(Entry.find, entries)
+    found = distributed.map_sharded(Entry.find, entries)
     missing = [entry for entry, file in zip(entries, found, strict=True) if file is None]
     if missing:
         needed = sum(entry.nbytes for entry in missing)
         distributed.from_main(lambda: _check_room(missing[0].folder, len(missing), needed, preparation.limit_bytes))
 
-    own = distributed.dealt(missing)
+    own = distributed.shard(missing)
     made: dict[JobEntry, PreparedFile | None] = {}
 
     def tell(steps: int, study: str) -> None:
@@ -146,7 +146,7 @@ def prepare(
     def tell_more(before: int, study: str, part: Progress) -> None:
         tell(before + part.done, study)
 
-    with distributed.agreed(), Processes(preparation.processes_for(len(own))) as processes:
+    with distributed.raised_together(), Processes(preparation.processes_for(len(own))) as processes:
         tell(0, "")
         for entry, begun in processes.run(begin, own):
             study = entry.source.study
@@ -160,9 +160,9 @@ def prepare(
                 refused(error)
                 made[entry] = None
             tell(units * len(made), study.study)
-    files = iter(distributed.collected([made[entry] for entry in own]))
+    files = iter(distributed.gather_shards([made[entry] for entry in own]))
     prepared = [file or next(files) for file in found]
-    for file in prepared if distributed.size() > 1 else ():
+    for file in prepared if distributed.world_size() > 1 else ():
         if file is not None and not file.path.is_file():
             raise InputError(f"{file.path}: made by another process, but not to be seen here: all need the same folder")
     return prepared

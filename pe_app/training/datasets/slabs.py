@@ -380,7 +380,7 @@ def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
 def _heights(sources: Sequence[StudySource], positive: Sequence[Mapping[int, object]], cache_dir: Path) -> list[float]:
     """Heights of the positive slices, from 0 at the lowest slice with lung to 1 at the highest."""
     annotated = [source for source, slices in zip(sources, positive, strict=True) if slices]
-    lungs = iter(distributed.shared(lambda source: lung_of(source, cache_dir), annotated))
+    lungs = iter(distributed.map_sharded(lambda source: lung_of(source, cache_dir), annotated))
     heights = []
     for slices in filter(None, positive):
         lung = next(lungs)

@@ -91,9 +91,9 @@ def read_sources(
             except OSError as error:
                 raise InputError(f"{study.path} cannot be read ({error.strerror}): correct the study list") from error
 
-    identities = distributed.shared(identify, numbers)
+    identities = distributed.map_sharded(identify, numbers)
     sources = []
-    with distributed.agreed():
+    with distributed.raised_together():
         for study, files_sha256 in zip(studies, identities, strict=True):
             with naming(study):
                 sources.append((StudySource.read if annotations else StudySource)(study, files_sha256))

@@ -20,18 +20,33 @@ ROWS_SHOWN = 200
 def import_(
     sources: Annotated[list[Path], typer.Argument(help="DICOM folders, DICOMDIR, .zip or .tar(.gz) archives.")],
     studies: Annotated[Path, typer.Option(help="Folder of studies to make or extend; pe-app serve opens it.")],
-    study_list: Annotated[Path | None, typer.Option("--list", help="Study list to make or extend. "
-                                                                   "[default: STUDIES/studies.csv]")] = None,
-    deidentify: Annotated[bool, typer.Option("--deidentify", help="Pseudonyms instead of identifiers; no names, "
-                                                                  "dates or paths in STUDIES. Needs --key.")] = False,
-    key: Annotated[Path | None, typer.Option(help="Key of the pseudonyms, outside of STUDIES; made where missing. Who "
-                                                  "is who is kept beside it.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core, at most 4]")] = None,
+    study_list: Annotated[
+        Path | None, typer.Option("--list", help="Study list to make or extend.", show_default="STUDIES/studies.csv")
+    ] = None,
+    deidentify: Annotated[
+        bool,
+        typer.Option(
+            "--deidentify", help="Pseudonyms instead of identifiers; no names, dates or paths in STUDIES. Needs --key."
+        ),
+    ] = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Key of the pseudonyms, outside of STUDIES; made where missing. The "
+            "table of patients is kept next to it."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="one per core, at most 4")
+    ] = None,
     accept: Accept = None,
     refuse: Refuse = None,
     limits: Limits = None,
-) -> None:  # fmt: skip
-    """Convert the DICOM of many patients into a folder of studies: one series a study, every other one with why not."""
+) -> None:
+    """Convert the DICOM of many patients into a folder of studies, one series per study.
+
+    A table reports what became of each series, and why it was skipped.
+    """
     import os
 
     from pe_app.common.errors import InputError
@@ -53,8 +68,8 @@ def import_(
     count = {status: sum(line.status == status for line in lines) for status in ("imported", "known", "failed")}
     unfit = sum(line.quality == "refused" for line in lines)
     typer.echo(
-        f"{count['imported']} studies imported ({unfit} of them unfit for detection), {count['known']} known from "
-        f"before, {count['failed']} failures, {len(lines) - sum(count.values())} series left out.\n"
+        f"{count['imported']} studies imported ({unfit} of them unfit for detection), {count['known']} "
+        f"unchanged, skipped, {count['failed']} failures, {len(lines) - sum(count.values())} series left out.\n"
         f"Study list: {study_list or studies / 'studies.csv'}. This table: {studies / 'import.csv'}. "
         f"Next: pe-app serve {studies}"
     )

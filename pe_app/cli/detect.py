@@ -24,7 +24,7 @@ from pe_app.cli.options import (
     archive_access,
     progress_bars,
 )
-from pe_app.cli.results import Dicom, Send, dicom_publisher
+from pe_app.cli.publishing import Dicom, Send, dicom_publisher
 from pe_app.common.errors import InputError, UnfitStudy
 
 if TYPE_CHECKING:
@@ -39,14 +39,26 @@ EXIT_STOPPED = 130
 
 
 def detect(
-    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="DICOM folder, .nii, .nii.gz or .nrrd of a "
-                                                  "chest CT; several of them, a folder of studies or a study list "
-                                                  "(CSV) make a worklist.")],
+    studies: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STUDY...",
+            help="DICOM folder, .nii, .nii.gz or .nrrd of a "
+            "chest CT; several of them, a folder of studies or a study list "
+            "(CSV) make a worklist.",
+        ),
+    ],
     model: Model = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results: detection.json, index.html, pictures, "
-                                                  "attention. [default: ./STUDY-detection; of many ./detections, "
-                                                  "where a later run goes on]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the detection as JSON; of many, a line each.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results: detection.json, index.html, pictures, attention.",
+            show_default="./STUDY-detection; of many ./detections, where a later run resumes",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the detection as JSON; of many, one line per study.")
+    ] = False,
     series: Annotated[str | None, typer.Option(help="Series Instance UID, where the folder holds several.")] = None,
     full_resolution: Annotated[bool, typer.Option(help="Also write the attention on the CT's grid.")] = False,
     accept: Accept = None,
@@ -57,11 +69,11 @@ def detect(
     user: ArchiveUser = "",
     password_file: PasswordFile = None,
     ca: CaFile = None,
-) -> None:  # fmt: skip
+) -> None:
     """Probability of embolism, with the evidence and where to look; of many studies as a worklist.
 
     Exit code 0: analysed, every one. 3: refused, at least one. 4: at least one of many could not be read or analysed,
-    or one was not published as DICOM. 2: nothing was done, the message says why.
+    or one was not published as DICOM. 2: nothing was done, for the reason in the message.
     """
     from pe_app.ct.quality import read_limits
     from pe_app.model.detector import Detector, default_model
@@ -117,7 +129,7 @@ def _one(
         for candidate in detection.candidates[:5]:
             place = f", {candidate.place}" if candidate.place else ""
             typer.echo(
-                f"  look at slice {candidate.slice_index} (z {candidate.z_mm:.0f} mm){place}, "
+                f"  candidate at slice {candidate.slice_index} (z {candidate.z_mm:.0f} mm){place}, "
                 f"slab probability {candidate.slab_probability:.2f}"
             )
         typer.echo(f"Written to {folder}. Research use only, not for diagnosis.")
@@ -167,8 +179,10 @@ def _many(
                 outcomes.append(outcome)
                 typer.echo(json.dumps(outcome.to_json()) if as_json else outcome_line(outcome), file=piped)
     except KeyboardInterrupt:
-        typer.echo(f"Stopped: {len(outcomes)} of {len(found.studies)} are done and kept in {out}; the same command "
-                   "goes on.", err=True)  # fmt: skip
+        typer.echo(
+            f"Stopped: {len(outcomes)} of {len(found.studies)} are done and kept in {out}; the same command resumes.",
+            err=True,
+        )
         raise typer.Exit(EXIT_STOPPED) from None
     share = Share.of(outcomes)
     problems = sum(bool(outcome.problem) for outcome in outcomes)
@@ -183,13 +197,13 @@ def _many(
 
 
 def outcome_line(outcome: Outcome) -> str:
-    """What is printed of a study as soon as it is done."""
+    """What is printed for a study as soon as it is done."""
     detection = outcome.detection
     if detection is None or detection.probability is None:
         return f"  not analysed  {outcome.study}: {outcome.message}"
     first = detection.candidates[0] if detection.candidates else None
     where = ", ".join(part for part in (f"slice {first.slice_index}", first.place) if part) if first else ""
-    notes = [outcome.not_clinical.lower(), where, outcome.problem, "known already" if outcome.known else ""]
+    notes = [outcome.not_clinical.lower(), where, outcome.problem, "unchanged, skipped" if outcome.known else ""]
     return f"  {detection.probability:.3f}  {outcome.study}" + "".join(f"; {note}" for note in notes if note)
 
 

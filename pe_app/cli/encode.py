@@ -12,23 +12,23 @@ from pe_app.cli.options import (
     CacheLimit,
     StudyList,
     Workers,
+    echo_once,
     preparation,
     progress_bars,
-    tell_once,
 )
 from pe_app.common.errors import InputError
 
 
 def encode(
     studies: StudyList,
-    model: Annotated[Path, typer.Option("--model", help="Model whose trained encoder looks at the studies.")],
+    model: Annotated[Path, typer.Option("--model", help="Model whose trained encoder is used.")],
     cache: Annotated[Path, typer.Option("--cache", help="Folder of the features; several lists may share it.")],
     cache_limit: CacheLimit = "",
     workers: Workers = None,
 ) -> None:
     """Features of every study of a list, made once: what 'train classifier --cache' learns from.
 
-    Goes on where it was interrupted; a study that cannot be used is named in the end and stops no other.
+    Resumes if interrupted; a study that cannot be used is reported at the end and stops no other.
 
     On several GPUs or machines: torchrun ... -m pe_app encode ...
     """
@@ -41,7 +41,7 @@ def encode(
     if gone := [path for path in missing(listed) if path in {study.path for study in listed}]:
         raise InputError(f"{studies}: {len(gone)} CTs are not there, the first is {gone[0]}: correct the study list")
     refused: list[InputError] = []
-    with distributed.joined(), progress_bars() as progress:
+    with distributed.process_group(), progress_bars() as progress:
         detector = Detector.load(model)  # on the GPU of this process
         if detector.card.encoder is None:
             raise InputError(f"model {model}: its encoder is not trained: train stage I first")
@@ -49,13 +49,13 @@ def encode(
         before = set(cache.glob(f"*-{encoder_key(detector)}.npy"))
         how = preparation(workers, cache_limit)
         files = encode_sources(detector, sources, cache, progress, how, refused.append)
-        refusals = [error for each in distributed.gathered(refused) for error in each]
+        refusals = [error for each in distributed.all_gather(refused) for error in each]
     new = len({file.path for file in files} - before)
     size = feature_bytes(detector)
     for error in refusals:
-        tell_once(f"pe-app: {error}")
-    tell_once(
-        f"{len(files)} of {len(listed)} studies are in {cache}, {new} of them new; {size / 1e6:.3g} MB a study, "
+        echo_once(f"pe-app: {error}")
+    echo_once(
+        f"{len(files)} of {len(listed)} studies are in {cache}, {new} of them new; {size / 1e6:.3g} MB per study, "
         f"{size * len(files) / 1e9:.3g} GB. Train with: pe-app train classifier --encoder {model} --cache {cache} ..."
     )
     if refusals:

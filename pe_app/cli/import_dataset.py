@@ -19,18 +19,30 @@ FAILURES_SHOWN = 50
 
 
 def import_dataset(
-    name: Annotated[str, typer.Argument(help="fumpe, cadpe, read, rspect, nnunet (any set in its layout) or masks "
-                                             "(CT and mask pairs).")],
+    name: Annotated[
+        str,
+        typer.Argument(help="fumpe, cadpe, read, rspect, nnunet (any set in its layout) or masks (CT and mask pairs)."),
+    ],
     download: Annotated[Path, typer.Argument(help="Folder that the download was unpacked to.")],
     studies: Annotated[Path, typer.Option(help="Folder of studies to make or extend.")],
     every_mm: Annotated[str, typer.Option(help="About how far apart the reviewed slices lie, or 'all'.")] = "10",
-    pattern: Annotated[str, typer.Option(help="Of masks: where the CT and the mask of a name lie, "
-                                              "'images/{name}.nii.gz,masks/{name}.nii.gz'.")] = "",
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="Of masks: where the CT and the mask of a name lie, 'images/{name}.nii.gz,masks/{name}.nii.gz'."
+        ),
+    ] = "",
     terms: Annotated[str, typer.Option(help="Of nnunet and masks: the data's terms of use.")] = "",
-    copy: Annotated[bool, typer.Option("--copy", help="Write each CT into STUDIES, as pe-app serve needs it; else it "
-                                                      "is listed where it lies.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a core, at most 4]")] = None,
-) -> None:  # fmt: skip
+    copy: Annotated[
+        bool,
+        typer.Option(
+            "--copy", help="Write each CT into STUDIES, as pe-app serve needs it; otherwise it is listed where it lies."
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="one per core, at most 4")
+    ] = None,
+) -> None:
     """Turn a public data set into studies, study list and sparse annotations; the same call resumes.
 
     Orientation is proven: a mask that does not lie where emboli can, or fits better when flipped, is not imported.
@@ -48,9 +60,9 @@ def import_dataset(
         raise InputError(f"--every-mm {every_mm}: expected millimetres or 'all'") from error
     settings = DatasetImport(step, copy, workers or min(4, os.cpu_count() or 1))
     data_set = public_set(name, download, pattern, terms)
-    tell_terms(data_set, studies)
+    show_terms(data_set, studies)
     with progress_bars() as progress:
-        lines = run(data_set, download, studies, settings, progress, tell_estimate)
+        lines = run(data_set, download, studies, settings, progress, show_estimate)
     show_lines(lines)
     typer.echo(
         f"Study list: {studies / 'studies.csv'}. Next: pe-app train encoder --studies {studies / 'studies.csv'} ..."
@@ -59,7 +71,7 @@ def import_dataset(
         raise typer.Exit(1)
 
 
-def tell_terms(data_set: PublicSet, studies: Path) -> None:
+def show_terms(data_set: PublicSet, studies: Path) -> None:
     """What the makers of a set ask of whoever uses it: shown before its first import into a folder."""
     from pe_app.studies import read_studies
 
@@ -72,7 +84,7 @@ def tell_terms(data_set: PublicSet, studies: Path) -> None:
     typer.echo("The terms are written into the study list and into every model that learns from these studies.")
 
 
-def tell_estimate(estimate: Estimate) -> None:
+def show_estimate(estimate: Estimate) -> None:
     """What is left of an import, by its first study."""
     if estimate.studies:
         minutes = estimate.seconds / 60

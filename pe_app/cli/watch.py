@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from pe_app.cli.detecting import EXIT_STOPPED, ended_by_signal, outcome_line
+from pe_app.cli.detect import EXIT_STOPPED, ended_by_signal, outcome_line
 from pe_app.cli.options import (
     ArchiveUser,
     CaFile,
@@ -25,20 +25,28 @@ from pe_app.cli.options import (
     archive_query,
     progress_bars,
 )
-from pe_app.cli.results import Dicom, Send, dicom_publisher
+from pe_app.cli.publishing import Dicom, Send, dicom_publisher
 from pe_app.common.errors import InputError
 
 
 def watch(
-    source: Annotated[str, typer.Argument(help="Folder in which DICOM files or .nrrd and .nii arrive, or the address "
-                                               "of an archive: https://pacs.example/dicom-web")],
-    out: Annotated[Path, typer.Option(help="Folder for the results and the worklist, index.html; a later run goes on "
-                                           "there.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder in which DICOM files or .nrrd and .nii arrive, or the address "
+            "of an archive: https://pacs.example/dicom-web"
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results and the worklist, index.html; a later run resumes there.")
+    ],
     model: Model = None,
-    every: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 30,
-    settle: Annotated[float, typer.Option(min=0, help="Seconds without a change after which a study is whole.")] = 60,
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two checks.")] = 30,
+    settle: Annotated[
+        float, typer.Option(min=0, help="Seconds without a change after which a study is complete.")
+    ] = 60,
     once: Annotated[bool, typer.Option("--once", help="Handle what is there and end, as for cron.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a study.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per study.")] = False,
     dicom: Dicom = False,
     send: Send = "",
     user: ArchiveUser = "",
@@ -47,12 +55,14 @@ def watch(
     patient: Patient = "",
     date: Date = "",
     description: Description = "",
-    days: Annotated[int, typer.Option(min=1, help="Of an archive: studies of so many days, today among them, where "
-                                                  "--date does not say which.")] = 2,
-) -> None:  # fmt: skip
+    days: Annotated[
+        int,
+        typer.Option(min=1, help="Of an archive: studies of this many days up to today, where --date is not given."),
+    ] = 2,
+) -> None:
     """Detect studies as they arrive, each once and in order; results and worklist as detect writes them.
 
-    Ends at Ctrl-C or SIGTERM; the study at hand is done by the next run. Exit code 0 after --once.
+    Ends at Ctrl-C or SIGTERM; the study in progress is detected by the next run. Exit code 0 after --once.
     """
     from pe_app.model.detector import Detector, default_model
     from pe_app.pacs.dicomweb import Archive
@@ -83,6 +93,6 @@ def watch(
                 for outcome in outcomes:
                     typer.echo(json.dumps(outcome.to_json()) if as_json else outcome_line(outcome), file=piped)
     except KeyboardInterrupt:
-        typer.echo(f"Stopped; the same command goes on. Worklist: {out / PAGE}.", err=True)
+        typer.echo(f"Stopped; the same command resumes. Worklist: {out / PAGE}.", err=True)
         raise typer.Exit(EXIT_STOPPED) from None
     typer.echo(f"Worklist: {out / PAGE}. Research use only, not for diagnosis.", err=as_json)
