@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T", bound=DataclassInstance)
 
-FLAT_NAMES = {("AttentionLoss", "kind"): "attention_kind"}
+FLAT_NAMES = {("AttentionLoss", "kind"): "attention_kind", ("ClassifierConfig", "kind"): "classifier_kind"}
 """Fields that need another name where they stand among those of other settings."""
 
 
