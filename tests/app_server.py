@@ -99,8 +99,8 @@ class Server:
 
 
 @contextmanager
-def running_server(studies: Path, model: Path) -> Iterator[Server]:
-    server = Server(studies, model)
+def running_server(studies: Path, model: Path, *options: str) -> Iterator[Server]:
+    server = Server(studies, model, *options)
     try:
         yield server
     finally:

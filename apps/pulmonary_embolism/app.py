@@ -21,6 +21,8 @@ import pe_app
 from pe_app.annotation.review import STRATEGIES
 from pe_app.common.errors import InputError
 from pe_app.model.detection import NOTICE
+from pe_monailabel.server.blinding import STRATEGIES as BLIND_STRATEGIES
+from pe_monailabel.server.blinding import Blinding
 from pe_monailabel.store.archive import open_store
 from pe_monailabel.store.labels import FINAL
 from pe_monailabel.store.models import Models
@@ -54,6 +56,7 @@ class PulmonaryEmbolismApp(MONAILabelApp):
         self._examining = threading.Lock()
         self._examined = -math.inf
         self.detections = Detections(self.store, self.models, self.jobs)
+        self.blinding = Blinding(self.store, conf.get("blinded") == "true")
         self.leases = Leases(self.store.private / "leases.json")
         self.worklist = Worklist(self.store, self.detections, self.leases)
         self.trainings = Trainings(self.store, self.models, lambda: self._trainers)
@@ -77,7 +80,8 @@ class PulmonaryEmbolismApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """How the next study is chosen."""
-        return {name: NextStudy(name, self.worklist) for name in STRATEGIES}
+        offered = BLIND_STRATEGIES if self.blinding.on else STRATEGIES
+        return {name: NextStudy(name, self.worklist) for name in offered}
 
     def init_batch_infer(self) -> BatchDetection:
         """Detections of many studies in a process of their own, so that the worklist shows probabilities."""
@@ -87,7 +91,14 @@ class PulmonaryEmbolismApp(MONAILabelApp):
         """Stock info, and who speaks."""
         model = self.detections.model
         served = {name: getattr(model, name) for name in ("name", "version", "sha256", "trained", "date")}
-        pe = {"api": API, "version": pe_app.__version__, "model": served, "research_use_only": True, "notice": NOTICE}
+        pe = {
+            "blinded": self.blinding.on,
+            "api": API,
+            "version": pe_app.__version__,
+            "model": served,
+            "research_use_only": True,
+            "notice": NOTICE,
+        }
         return {**super().info(), "pe": pe}
 
     def infer(self, request: Mapping[str, Any], datastore: StudyStore | None = None) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class FakeServer:
         self.token = ""
         self.app = "pe"  # "pe", "monailabel", "web"
         self.api = 1
+        self.blinded = False
         handler = type("Handler", (_Handler,), {"fake": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._http.daemon_threads = True
@@ -143,7 +144,13 @@ class _Handler(BaseHTTPRequestHandler):
             "strategies": {s: {} for s in ("next_unreviewed", "most_uncertain", "random")},
         }
         if self.fake.app == "pe":
-            info["pe"] = {"api": self.fake.api, "version": "0.1.0", "model": self.fake.model, "research_use_only": True}
+            info["pe"] = {
+                "api": self.fake.api,
+                "version": "0.1.0",
+                "model": self.fake.model,
+                "blinded": self.fake.blinded,
+                "research_use_only": True,
+            }
         self._json(200, info)
 
     def post_activelearning(self, _path):
@@ -230,7 +237,10 @@ class _Handler(BaseHTTPRequestHandler):
         if known is None:
             return self._json(404, {"detail": f"there is no study {path[2]}"})
         keys = ("image", "schedule", "annotation", "tag", "revision", "detection")
-        return self._json(200, {**self.fake.row(path[2]), **{key: known[key] for key in keys}})
+        details = {**self.fake.row(path[2]), **{key: known[key] for key in keys}}
+        if self.fake.blinded and known["row"].get("label_reader") != self.query.get("reader"):
+            details["detection"] = None
+        return self._json(200, details)
 
     def post_pe_studies(self, path):
         row, reader = self.fake.studies[path[2]]["row"], json.loads(self.body)["reader"]

@@ -869,6 +869,83 @@ def test_a_label_that_another_reader_gave_meanwhile_is_asked_about_and_panel_and
         assert desk.ui.positiveButton.checked is (label == "positive")
 
 
+def test_on_a_blinded_server_the_result_is_shown_once_the_label_is_given(desk):
+    known = desk.server.studies["study-1"]
+    known["detection"] = {**known["detects"], "model": desk.server.model}
+    desk.server.blinded = True
+    desk.connect()
+    assert "Blinded" in desk.ui.serverLabel.text
+    desk.open("study-1")
+    assert desk.ui.probabilityLabel.text == ""
+    desk.key(Key.Key_K)
+    desk.wait(lambda: "P(PE) 0.91" in desk.ui.probabilityLabel.text)
+
+
+# --- what a day costs
+
+
+def presses(desk):
+    """Counts key presses from now on."""
+    count = []
+    original = desk.key
+    desk.key = lambda *pressed: (count.append(pressed), original(*pressed))
+    return count
+
+
+def test_a_negative_study_of_31_slices_takes_a_key_for_each_slice_and_two_to_finish(desk):
+    known = desk.server.studies["study-1"]
+    z = known["schedule"][0]["z_mm"]
+    known["schedule"] = [{"slice_index": k, "z_mm": z + 5.0 * (k - 4), "why": "schedule"} for k in range(4, 35)]
+    desk.connect()
+    desk.open("study-1")
+    count = presses(desk)
+    while desk.panel.session.open_slices:
+        desk.key(Key.Key_E)
+    desk.key(Key.Key_J)
+    desk.key(Key.Key_Return, Modifier.ControlModifier)
+    desk.wait(lambda: known["tag"] == "final")
+    assert len(count) == 31 + 2
+    assert desk.server.row("study-1")["label"] == "negative"
+
+
+def test_five_emboli_grown_by_key_take_two_presses_each(desk, monkeypatch):
+    import slicer
+
+    desk.connect()
+    desk.open("study-1")
+    crosshair = slicer.mrmlScene.GetSingletonNode("default", "vtkMRMLCrosshairNode")
+    right, front, _ = at_the_clot(desk)
+    affine = chest(0)[2]
+    monkeypatch.setattr(desk.panel.painting, "in_clot_range", lambda k: clot())  # the same clot on each slice
+    count = presses(desk)
+    slices = desk.panel.session.open_slices
+    row, column = np.argwhere(clot()).mean(0).round().astype(int)
+    for number, k in enumerate(slices):
+        if number < 5:
+            crosshair.SetCursorPositionRAS((right, front, float((affine @ (k, row, column, 1))[2])))
+            desk.key(Key.Key_S)
+            desk.key(Key.Key_N)
+        else:
+            desk.key(Key.Key_E)
+    crosshair.SetCursorPositionInvalid()
+    desk.key(Key.Key_K)
+    desk.key(Key.Key_Return, Modifier.ControlModifier)
+    desk.idle()
+    assert len(desk.panel.session.emboli) == 5
+    assert desk.server.studies["study-1"]["tag"] == "final"
+    assert len(count) == 2 * 5 + (len(slices) - 5) + 2
+
+
+def test_a_study_that_needs_a_label_only_takes_one_key(desk):
+    desk.connect()
+    read_labels(desk)
+    count = presses(desk)
+    desk.key(Key.Key_J)
+    desk.wait(lambda: desk.panel.session.study == "study-2")
+    assert len(count) == 1
+    assert desk.server.row("study-1")["state"] == "labelled"
+
+
 # --- save
 
 

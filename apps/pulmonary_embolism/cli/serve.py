@@ -40,6 +40,8 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="A name under which clients reach the server; may be "
                                                               "given several times.")] = None,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 1024,
+    blinded: Annotated[bool, typer.Option("--blinded", help="Readers see no result of the model and nobody else's "
+                                                            "label before they have submitted a study.")] = False,
     detection_minutes: Annotated[float, typer.Option(min=0.1, help="A detection that takes longer is stopped.")] = 10,
     cache: Annotated[Path | None, typer.Option(help="Of an archive: folder for fetched studies, and for labels and "
                                                     "models, which stay. [default: ./HOST-studies]")] = None,
@@ -68,9 +70,9 @@ def serve(
     from pe_monailabel.store.archive import ArchiveSettings
 
     if "://" not in studies:
-        serve_studies(Path(studies), host, port, model, door, 60 * detection_minutes)
+        serve_studies(Path(studies), host, port, model, door, 60 * detection_minutes, blinded=blinded)
         return
     access = archive_access(studies, user, password_file, ca)
     archive = ArchiveSettings(access, archive_query(patient, date, description), cache_gb)
     folder = cache or Path(f"{urlsplit(studies).hostname}-studies")
-    serve_studies(folder, host, port, model, door, 60 * detection_minutes, archive)
+    serve_studies(folder, host, port, model, door, 60 * detection_minutes, archive, blinded=blinded)

@@ -19,6 +19,8 @@ from requests_toolbelt import MultipartEncoder
 
 from pe_app.common.errors import InputError
 from pe_monailabel.server.access import Caller, Role
+from pe_monailabel.server.blinding import STRATEGIES as BLIND_STRATEGIES
+from pe_monailabel.server.blinding import Blinded
 from pe_monailabel.server.limits import READING, RETRY_SECONDS
 from pe_monailabel.server.permissions import LONGEST
 from pe_monailabel.store.checks import finite_json, split_ending
@@ -36,6 +38,11 @@ async def _caller(request: Request) -> Caller:
 
 
 Who = Annotated[Caller, Depends(_caller)]
+
+
+def not_blind(request: Request, who: Who, image: str = "", label: str = "", reader: str = "") -> None:
+    """Before MONAI Label's own routes that tell of labels, where the server reads blinded."""
+    app_instance().blinding.check_stock(request.url.path, image or label, who, who.name or reader)
 
 
 class Output(StrEnum):
@@ -79,14 +86,31 @@ def who_am_i(who: Who) -> dict[str, Any]:
 
 @router.post("/activelearning/{strategy}", tags=["ActiveLearning"])
 def next_study(request: Request, strategy: str, who: Who, params: JsonObject = None) -> dict[str, Any]:
-    """The study to read next, held for the reader who asks."""
+    """The study to read next, held for the reader who asks; ``work`` is slices or labels, ``skip`` names studies."""
     said = finite_json(params or {})
     app = app_instance()
+    if app.blinding.on:
+        return _next_blinded(request, strategy, who, said)
     found: dict[str, Any] = app.next_sample({**said, "strategy": strategy, "reader": who.name or said.get("reader")})
     if not found:
         return {}
     request.state.study = found["id"]
     return {**found, **app.store.get_image_info(found["id"])}
+
+
+def _next_blinded(request: Request, strategy: str, who: Caller, said: dict[str, Any]) -> dict[str, Any]:
+    """The next study that no other reader has begun; of its slices only the schedule."""
+    app = app_instance()
+    if strategy not in BLIND_STRATEGIES:
+        raise Blinded(f"{strategy}: this server reads blinded, and that order tells what the model found")
+    reader = _reader(who, said)
+    begun = [study for study in app.store.entries() if app.blinding.begun_by_others(study, reader)]
+    skip = [*(said.get("skip") or []), *begun]
+    found = app.next_sample({**said, "skip": skip, "strategy": strategy, "reader": reader})
+    if not found:
+        return {}
+    request.state.study = found["id"]
+    return {**found, "slices": [entry for entry in found["slices"] if entry["why"] == "schedule"]}
 
 
 @router.post("/infer/{model}", tags=["Infer"])
@@ -95,6 +119,7 @@ def infer(model: str, who: Who, image: str = "", params: JsonText = "{}", output
     if not image:
         raise InputError("say which study of the store: ?image=ID; uploaded images and sessions are not supported")
     said = _json(params)
+    app_instance().blinding.check(image, who, _reader(who, said))
     request = {name: said[name] for name in ("job", "save_label", "label_tag") if name in said}
     if request.get("save_label") and not who.role.includes(Role.ANNOTATOR):
         raise HTTPException(403, f"{who.name} has the role {who.role}, which saves no labels")
@@ -128,6 +153,7 @@ def save_label(
     store = app.store
     store.check_study(image)
     said = _attributed(info, who, store.labels.annotation_json(image))
+    said |= app.blinding.record(image, str(said.get("reader") or ""))
     with tempfile.TemporaryDirectory(prefix="pe-") as folder, READING:
         meaning = store.save(image, _uploaded(label, Path(folder), "label"), tag, {**_seen(request, image), **said})
     app.on_saved(image, meaning, str(said.get("reader") or ""))
@@ -154,7 +180,8 @@ def update_image_info(request: Request, image: str, who: Who, info: JsonText = "
     """
     given = _attributed(_json(info), who)
     seen = _seen(request, image) if "pe_label" in given else {}
-    store = app_instance().store
+    store, blinding = app_instance().store, app_instance().blinding
+    given |= blinding.record(image, str(given.get("reader") or "")) if "pe_label" in given else {}
     store.update_image_info(image, {**seen, **given})
     return {"label": store.label(image), **store.label_version(image)} if "pe_label" in given else {}
 
@@ -221,17 +248,28 @@ def batch_infer(model: str, images: str = "all", params: JsonObject = None) -> d
 
 
 @router.get("/pe/worklist", tags=["Pulmonary embolism"])
-def worklist() -> Response:
-    """Every study: how far its review is, what the served model says, who holds it."""
+def worklist(who: Who, reader: str = "") -> Response:
+    """Every study: how far its review is, the served model's result, who holds it.
+
+    Where the server reads blinded, results and labels of studies that the ``reader`` has not submitted are left out.
+    """
     app = app_instance()
     app.examine_new_studies()
-    return JSONResponse({"studies": app.worklist.rows()})
+    rows = app.worklist.rows()
+    if app.blinding.on:
+        rows = [app.blinding.row(row, who, who.name or reader) for row in rows]
+    return JSONResponse({"studies": rows})
 
 
 @router.get("/pe/studies/{study}", tags=["Pulmonary embolism"])
-def study_details(study: str) -> dict[str, Any]:
-    """One study: its schedule, the annotation that counts, the last detection of the served model."""
-    return app_instance().worklist.details(study)
+def study_details(study: str, who: Who, reader: str = "") -> dict[str, Any]:
+    """One study: its schedule, the annotation that counts, the last detection of the served model.
+
+    Where the server reads blinded, without results until the ``reader`` has submitted it.
+    """
+    app = app_instance()
+    details: dict[str, Any] = app.blinding.details(app.worklist.details(study), who, who.name or reader)
+    return details
 
 
 @router.post("/pe/studies/{study}/lease", tags=["Pulmonary embolism"])
@@ -281,8 +319,9 @@ def training() -> dict[str, Any]:
 
 
 @router.get("/pe/studies/{study}/history", tags=["Pulmonary embolism"])
-def history(study: str) -> dict[str, Any]:
+def history(study: str, who: Who, reader: str = "") -> dict[str, Any]:
     """Every save of a study, the latest first: who, when, with what program, after which model, what."""
+    app_instance().blinding.check(study, who, who.name or reader)
     return {"study": study, "versions": app_instance().store.versions(study)}
 
 

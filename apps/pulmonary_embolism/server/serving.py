@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -43,6 +43,7 @@ from pe_app.common.progress import Cancelled
 from pe_monailabel.server import routes
 from pe_monailabel.server.access import TokenFile
 from pe_monailabel.server.audit import Audit
+from pe_monailabel.server.blinding import Blinded
 from pe_monailabel.server.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
 from pe_monailabel.server.listen import Door
 from pe_monailabel.server.middleware import Guard, is_loopback
@@ -69,10 +70,19 @@ KEPT = {
 }
 """MONAI Label's own routes that are served as they are, each in a thread."""
 
+TELLING = {
+    ("GET", "/datastore/"),
+    ("GET", "/datastore/image/info"),
+    ("GET", "/datastore/label"),
+    ("GET", "/datastore/label/info"),
+}
+"""Those of them that tell of labels."""
+
 STATUS: dict[type[Exception], int] = {
     ImageNotFoundException: 404,
     LabelNotFoundException: 404,
     MONAILabelException: 404,  # all that the kept routes raise: no such model, no such strategy
+    Blinded: 403,
     Conflict: 409,
     Cancelled: 409,
     TooLarge: 413,
@@ -90,6 +100,8 @@ def serve(
     door: Door = Door(),  # noqa: B008 - frozen
     detection_seconds: float = DETECTION_SECONDS,
     archive: ArchiveSettings | None = None,
+    *,
+    blinded: bool = False,
 ) -> None:
     """Serve a folder of studies, or an archive, until interrupted.
 
@@ -101,6 +113,7 @@ def serve(
         door: how it is reached.
         detection_seconds: a detection that takes longer is stopped.
         archive: where the studies come from, if not from the folder alone.
+        blinded: whether readers see no results of a study before they have submitted it.
 
     Raises:
         InputError: if the folder, the archive, the model or the door cannot be used.
@@ -115,6 +128,8 @@ def serve(
     settings.MONAI_LABEL_APP_DIR = str(APP_DIR)
     settings.MONAI_LABEL_STUDIES = str(studies.resolve())
     conf = {"model": str(model.resolve())} if model else {}
+    if blinded:
+        conf["blinded"] = "true"
     settings.MONAI_LABEL_APP_CONF = {**conf, **(archive.conf() if archive else {})}
     settings.MONAI_LABEL_SERVER_PORT = port
     _tell_tasks()
@@ -223,6 +238,7 @@ def _make_app() -> FastAPI:
                     methods=list(methods),
                     tags=route.tags,
                     summary=route.summary,
+                    dependencies=[Depends(routes.not_blind)] if (min(methods), route.path) in TELLING else None,
                 )
     for kind in STATUS:
         made.add_exception_handler(kind, _known_error)

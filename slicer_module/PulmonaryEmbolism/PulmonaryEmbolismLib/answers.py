@@ -47,6 +47,7 @@ class Server:
     version: str
     model: Model
     strategies: Tuple[str, ...]
+    blinded: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,15 +63,17 @@ class Client:
             as_text(pe.get("version")),
             Model.from_json(pe.get("model")),
             tuple(info.get("strategies") or ()),
+            pe.get("blinded") is True,
         )
 
     def worklist(self) -> Tuple[Row, ...]:
-        """All studies of the server."""
-        return tuple(Row.from_json(row) for row in self._transport.json("GET", "/pe/worklist").get("studies") or ())
+        """All studies of the server, as this reader may see them."""
+        data = self._transport.json("GET", "/pe/worklist", params={"reader": self.reader})
+        return tuple(Row.from_json(row) for row in data.get("studies") or ())
 
     def study(self, study: str) -> Study:
         """One study: its schedule, the current annotation, the last detection of the served model."""
-        data = self._transport.json("GET", f"/pe/studies/{quote(study, safe='')}")
+        data = self._transport.json("GET", f"/pe/studies/{quote(study, safe='')}", params={"reader": self.reader})
         detection = data.get("detection")
         return Study(
             Row.from_json({**data, "study": data.get("study") or study}),
@@ -121,7 +123,8 @@ class Client:
 
     def download_label(self, study: str, tag: str, folder: Path, report: Report) -> Path:
         """The current mask of a study as a .seg.nrrd in ``folder``."""
-        response = self._transport.request("GET", "/datastore/label", params={"label": study, "tag": tag}, stream=True)
+        asked = {"label": study, "tag": tag, "reader": self.reader}
+        response = self._transport.request("GET", "/datastore/label", params=asked, stream=True)
         folder.mkdir(parents=True, exist_ok=True)
         return self._transport.download(
             response, folder / f"{uuid.uuid4().hex}.seg.nrrd", report, "Loading the annotation"
@@ -137,7 +140,7 @@ class Client:
                 "POST",
                 "/infer/detection",
                 params={"image": study},
-                data={"params": json.dumps({"job": job})},
+                data={"params": json.dumps({"job": job, "reader": self.reader})},
                 timeout=(CONNECT_SECONDS, DETECT_SECONDS),
             )
         finally:

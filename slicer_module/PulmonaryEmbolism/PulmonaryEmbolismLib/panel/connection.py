@@ -40,7 +40,10 @@ class Connection:
 
     def show_model(self) -> None:
         """All is well, and which model is served."""
-        self.ui.serverLabel.text = _("Connected. Model: {model}").format(model=self.panel.server.model)
+        text = _("Connected. Model: {model}").format(model=self.panel.server.model)
+        if self.panel.server.blinded:
+            text += " " + _("Blinded: results are shown after you have submitted a study.")
+        self.ui.serverLabel.text = text
 
     def _connected(self, client: Client, server: Server) -> None:
         self.ui.readerEdit.text = client.reader

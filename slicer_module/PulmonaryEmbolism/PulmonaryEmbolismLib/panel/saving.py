@@ -175,6 +175,8 @@ class Saving:
             return
         session = self.panel.session
         session.acknowledge(draft, sent)
+        if (sent.label_revision and draft.label) or (saved and not saved.open_slices):
+            self.panel.study.reveal()
         self.keep()
         if submitted_later or (submitted and session.unsent):
             self.submit()

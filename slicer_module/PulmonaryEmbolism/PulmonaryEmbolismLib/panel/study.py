@@ -52,6 +52,7 @@ class OpenStudy:
         panel.runner.drop("detect")
         panel.runner.drop("propose")
         panel.runner.drop("compare")
+        panel.runner.drop("reveal")
         if panel.session is None:
             return
         client, study = panel.client, panel.session.study
@@ -129,6 +130,20 @@ class OpenStudy:
         if session.unsent:
             panel.saving.keep()
         panel.worklist.fetch_ahead()
+
+    def reveal(self) -> None:
+        """On a server that reads blinded: the reader has submitted, so results may be shown."""
+        panel = self.panel
+        if not panel.server.blinded or panel.detecting.detection is not None or panel.worklist.work == "labels":
+            return
+        client, study = panel.client, panel.session.study
+        panel.runner.drop("reveal")
+        panel.runner.submit("reveal", _("Loading the results"), lambda job: client.study(study), self._revealed)
+
+    def _revealed(self, known: Study) -> None:
+        session = self.panel.session
+        if session is not None and session.study == known.row.study and known.detection is not None:
+            self.panel.detecting.show(known.detection, None)
 
     def show_sections(self) -> None:
         """What the reader works with is unfolded: for labels the study alone."""
