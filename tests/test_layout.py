@@ -79,7 +79,8 @@ APP = ROOT / "apps" / "pulmonary_embolism"
 APP_ORDER = (
     *("compat", "store.checks", "store.history", "store.index", "store.images", "store.labels", "store.studies"),
     *("store.archive", "store.models"),
-    *("server.limits", "server.access", "server.audit", "server.permissions", "server.middleware", "server.listen"),
+    *("server.limits", "server.access", "server.blinding", "server.audit", "server.permissions", "server.middleware"),
+    "server.listen",
     *("tasks.detection", "tasks.worklist", "tasks.training_process", "tasks.training_queue", "app"),
     *("server.routes", "server.serving", "main"),
     *("cli.folder", "cli.annotations", "cli.labels", "cli.models", "cli.tokens", "cli.serve"),
