@@ -27,6 +27,10 @@ CANDIDATE_THRESHOLD = 0.5
 """Attention x slab probability from which a region is a candidate: nowhere in a slab that is rather without embolism
 [ours]. With 0.3, the model that ships found no more emboli and showed ten times as many false candidates."""
 
+PEAKS_APART_MM = 20.0
+"""A larger region is shared out among several candidates [ours]: on a rendered patient never trained on, 6 instead of 4
+of 7 emboli of 0.3 to 3 ml then had a candidate within 12 mm at 2 false ones a study."""
+
 MAX_CANDIDATES = 20
 """More places than this help no reader; the strongest are kept [ours]."""
 
@@ -63,7 +67,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A connected region of attention: where to look. Ranked by ``peak * slab_probability``.
+    """A region of attention: where to look. Ranked by ``peak * slab_probability``.
 
     Attributes:
         rank: 1 for the strongest.
@@ -217,7 +221,7 @@ def find_candidates(
     *,
     at_least_one: bool = False,
 ) -> tuple[Candidate, ...]:
-    """Connected regions (26 neighbours) of ``attention * slab probability`` at or above a threshold, strongest first.
+    """Regions of ``attention * slab probability`` at or above a threshold (``candidate_regions``), strongest first.
 
     Args:
         attention: ``(slabs, grid, grid)``, each map divided by its own maximum.
@@ -230,7 +234,7 @@ def find_candidates(
     weighted = attention * slab_probability[:, None, None]
     if at_least_one and 0 < weighted.max() < threshold:
         threshold = float(weighted.max())
-    regions = candidate_regions(weighted, threshold)
+    regions = candidate_regions(weighted, grid.spacing_mm, threshold)
     cell_mm = np.array(grid.spacing_mm)
     cell_ml = float(cell_mm.prod()) / 1000
     found = []
@@ -257,20 +261,38 @@ def find_candidates(
     return tuple(found)
 
 
-def candidate_regions(weighted: Floats, threshold: float = CANDIDATE_THRESHOLD) -> NDArray[np.int32]:
+def candidate_regions(
+    weighted: Floats, cell_mm: Sequence[float], threshold: float = CANDIDATE_THRESHOLD
+) -> NDArray[np.int32]:
     """The cells of every candidate: its rank, 0 elsewhere.
+
+    A connected region (26 neighbours) that is larger than ``PEAKS_APART_MM`` may hold several emboli, and its middle
+    none: it is shared out among its strongest cells that lie so far apart, each cell to the strongest within reach.
 
     Args:
         weighted: ``(slabs, grid, grid)``, attention times slab probability.
+        cell_mm: size of a cell (slab, row, column).
         threshold: above 0, at most 1.
     """
     regions, count = ndimage.label(weighted >= threshold, structure=np.ones((3, 3, 3)))
-    peaks = ndimage.maximum_position(weighted, regions, range(1, count + 1))
-    strongest_first = sorted(range(count), key=lambda k: (-float(weighted[peaks[k]]), peaks[k][0]))
-    rank_of = np.zeros(count + 1, np.int32)
-    for rank, k in enumerate(strongest_first[:MAX_CANDIDATES], start=1):
-        rank_of[k + 1] = rank
-    ranks: NDArray[np.int32] = rank_of[regions]
+    parts = np.zeros(regions.shape, np.int32)
+    peaks: list[tuple[float, int]] = []
+    for region, box in enumerate(ndimage.find_objects(regions, count), start=1):
+        cells = np.argwhere(regions[box] == region) + [side.start for side in box]
+        strength = weighted[tuple(cells.T)]
+        places = cells * np.array(cell_mm)
+        which = np.zeros(len(cells), np.int32)
+        for cell in np.argsort(-strength, kind="stable"):
+            if which[cell]:
+                continue
+            peaks.append((-float(strength[cell]), int(cells[cell][0])))
+            near = np.linalg.norm(places - places[cell], axis=1) <= PEAKS_APART_MM
+            which[near & (which == 0)] = len(peaks)
+        parts[tuple(cells.T)] = which
+    rank_of = np.zeros(len(peaks) + 1, np.int32)
+    for rank, part in enumerate(sorted(range(len(peaks)), key=peaks.__getitem__)[:MAX_CANDIDATES], start=1):
+        rank_of[part + 1] = rank
+    ranks: NDArray[np.int32] = rank_of[parts]
     return ranks
 
 

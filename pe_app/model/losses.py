@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pe_app.model.slab_encoder import normalised
+
+RARE = 5.0
+"""Weight of a cell with embolism in ``cell_loss``: there are few of them."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,18 @@ class AttentionLoss:
 
     Attributes:
         kind: of positive slabs: ``1 - continuous_dice``, ``1 - soft_dice``, or ``"mse"``, the mean squared error of
-            the original GAIN-ext (Li et al. 2018, arXiv:1802.10171).
+            the original GAIN-ext (Li et al. 2018, arXiv:1802.10171); or ``"cells"``, binary cross-entropy of the
+            decision asked of every cell for itself (``cell_loss``), in slabs with and without embolism [ours].
         negatives: of slabs without embolism: ``"smoothed"``, the continuous Dice loss with smoothing 1 on the map that
             is not normalised [ours]; ``"mean"`` of that map; or ``"none"``, the literal reading of the formula.
     """
 
-    kind: Literal["continuous_dice", "soft_dice", "mse"] = "continuous_dice"
+    kind: Literal["continuous_dice", "soft_dice", "mse", "cells"] = "continuous_dice"
     negatives: Literal["smoothed", "mean", "none"] = "smoothed"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("continuous_dice", "soft_dice", "mse"):
-            raise ValueError(f"kind must be 'continuous_dice', 'soft_dice' or 'mse', got {self.kind!r}")
+        if self.kind not in ("continuous_dice", "soft_dice", "mse", "cells"):
+            raise ValueError(f"kind must be 'continuous_dice', 'soft_dice', 'mse' or 'cells', got {self.kind!r}")
         if self.negatives not in ("smoothed", "mean", "none"):
             raise ValueError(f"negatives must be 'smoothed', 'mean' or 'none', got {self.negatives!r}")
 
@@ -75,6 +80,8 @@ def attention_loss(
             positive = 1 - soft_dice(shape, outlines)
         case "mse":
             positive = (shape - outlines).square().mean((1, 2))
+        case "cells":
+            raise ValueError("cells are judged by their logits, not by a map: call cell_loss")
 
     match settings.negatives:
         case "smoothed":
@@ -85,6 +92,24 @@ def attention_loss(
         case "none":
             negative = torch.zeros_like(positive)
     return torch.where((labels > 0) & ~unknown, positive, negative)
+
+
+def cell_loss(logits: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of every cell whose truth is known, cells with embolism weighing ``RARE`` times as much.
+
+    Args:
+        logits: ``(batch, rows, columns)``, the decision's difference of each cell (``SlabEncoder.cell_logits``).
+        masks: same shape: 1 embolism, 0 none, -1 not known.
+        labels: ``(batch,)``, 1 for slabs with embolism, 0 for those without (every cell is then 0), -1 not known.
+
+    Returns:
+        ``(batch,)``, the weighted mean over a slab's known cells; 0 where none is known.
+    """
+    logits, masks = _checked(logits, masks)
+    truth = torch.where((labels == 0)[:, None, None], torch.zeros_like(masks), masks)
+    weight = torch.where(truth > 0, RARE, 1.0) * (truth >= 0)
+    losses = F.binary_cross_entropy_with_logits(logits, truth.clamp(min=0), reduction="none")
+    return (losses * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)
 
 
 def continuous_dice(attention: Tensor, mask: Tensor, smooth: float = 0.0) -> Tensor:

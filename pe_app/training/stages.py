@@ -28,7 +28,7 @@ from pe_app.common.errors import InputError
 from pe_app.common.progress import ProgressCallback, silent
 from pe_app.ct.slabs import SlabConfig
 from pe_app.model.detector import Detector, ModelCard, TrainingRecord
-from pe_app.model.losses import AttentionLoss, attention_loss
+from pe_app.model.losses import AttentionLoss, attention_loss, cell_loss
 from pe_app.model.slab_encoder import EncoderConfig, SlabEncoder
 from pe_app.model.study_classifier import ClassifierConfig, PooledClassifier
 from pe_app.studies import Label, Split, Study, patient_sha256, split_studies
@@ -73,7 +73,7 @@ class EncoderTraining:
         attention_loss: which attention loss.
         negative_slabs: where slabs without embolism come from (``prepare_slabs``); ``"negative_studies"`` is the
             paper's way, ``"mixed"`` makes use of slices marked "none" [ours], ``"matched"`` takes away the height of a
-            slab as a hint [ours].
+            slab as a hint, ``"half_matched"`` does so for half of them and shows other levels, too [ours].
         not_outlined: what slices with embolism that is not outlined contribute; they teach classification alone.
             ``"balanced"``: an epoch's slabs with embolism are half outlined and half not, as far as that repeats no
             slab more than four times; ``"as_listed"``: each once; ``"left_out"``: nothing. They are left out, too,
@@ -206,6 +206,11 @@ def train_encoder(
         start.encoder.load_state_dict(former.encoder.state_dict())
         former_terms = former.card.terms
     encoder = start.encoder
+    if settings.attention_loss.kind == "cells" and not encoder.config.strongest_cells:
+        raise InputError(
+            "attention loss 'cells' asks each cell for the slab's own decision, which a mean over all cells is not: "
+            "train a network with strongest_cells, e.g. 3"
+        )
     if imagenet is not None:
         encoder.load_imagenet(imagenet)
     encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -366,7 +371,10 @@ def score_slabs(encoder: SlabEncoder, items: SlabItem, settings: EncoderTraining
         encoded = encoder(slabs)
     maps = encoder.attention_map(encoded.features)
     classification = F.cross_entropy(encoded.logits, labels, reduction="none", ignore_index=UNKNOWN)
-    attention = attention_loss(maps, targets, labels, settings.attention_loss)
+    if settings.attention_loss.kind == "cells":
+        attention = cell_loss(encoder.cell_logits(encoded.features), targets, labels)
+    else:
+        attention = attention_loss(maps, targets, labels, settings.attention_loss)
     # a weight of 0 leaves the attention out of the graph: 0 times an infinite gradient would not be 0
     weighted = settings.attention_weight * attention if settings.attention_weight else 0.0
 

@@ -1,16 +1,26 @@
 """The detection's JSON contract, and candidates against hand-made maps."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from pe_app.common.errors import InputError
 from pe_app.ct.quality import Reason
 from pe_app.ct.volume import Volume, axial_affine
-from pe_app.model.detection import Detection, Evidence, ImageIdentity, ModelIdentity, estimate_extent, find_candidates
+from pe_app.model.detection import (
+    Detection,
+    Evidence,
+    ImageIdentity,
+    ModelIdentity,
+    candidate_regions,
+    estimate_extent,
+    find_candidates,
+)
 
 GRID = axial_affine((6.0, 11.0, 10.0), (-120.0, -130.0, -300.0))
 
@@ -180,5 +190,34 @@ def test_candidates_are_the_connected_regions_that_flood_filling_finds(seed):
             open_cells -= set(near)
             frontier += near
         peaks.append(max(maps[cell] for cell in region))
-    found = find_candidates(maps, np.ones(5), grid_of(maps), range(5))
+    small = Volume(maps, grid_of(maps).affine @ np.diag([0.1, 0.1, 0.1, 1.0]))  # nowhere 20 mm wide
+    found = find_candidates(maps, np.ones(5), small, range(5))
     assert [candidate.peak for candidate in found] == pytest.approx(sorted(peaks, reverse=True)[:20])
+
+
+def test_a_long_region_with_two_peaks_is_two_candidates_each_at_its_own():
+    maps = np.zeros((10, 8, 8))
+    maps[:, 4, 4] = [0.7, 0.9, 0.7, 0.6, 0.55, 0.55, 0.6, 0.7, 1.0, 0.7]  # 6 mm a slab: the peaks lie 42 mm apart
+    first, second = find_candidates(maps, np.ones(10), grid_of(maps), range(10))
+    assert (first.slice_index, second.slice_index) == (8, 1)
+    assert first.z_mm - second.z_mm == pytest.approx(42)
+    assert abs(first.centre_lps_mm[2] - first.z_mm) < 12
+    assert first.slices == (5, 9)
+    assert second.slices == (0, 4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_shared_out_regions_cover_the_same_cells_with_peaks_far_apart(seed):
+    rng = np.random.default_rng(seed)
+    maps = ndimage.gaussian_filter(rng.random((12, 10, 10)), 1)
+    maps /= maps.max()
+    ranks = candidate_regions(maps, (6.0, 11.0, 11.0), 0.9)
+    assert ((ranks > 0) == (maps >= 0.9)).all() or ranks.max() == 20
+    regions, _ = ndimage.label(maps >= 0.9, np.ones((3, 3, 3)))
+    peaks = [
+        np.unravel_index(np.where(ranks == rank, maps, 0).argmax(), maps.shape) for rank in range(1, ranks.max() + 1)
+    ]
+    for one, other in itertools.combinations(peaks, 2):
+        if regions[one] == regions[other]:
+            assert np.linalg.norm((np.array(one) - other) * (6, 11, 11)) > 20

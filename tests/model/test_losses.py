@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from pe_app.model.losses import AttentionLoss, attention_loss, continuous_dice, soft_dice
+from pe_app.model.losses import AttentionLoss, attention_loss, cell_loss, continuous_dice, soft_dice
 
 KINDS = ("continuous_dice", "soft_dice", "mse")
 NEGATIVES = ("smoothed", "mean", "none")
@@ -229,7 +229,25 @@ def test_shapes_that_differ_are_a_mistake_of_the_caller():
 
 
 def test_unknown_kinds_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'soft_dice' or 'mse', got 'dice'"):
+    with pytest.raises(ValueError, match="'mse' or 'cells', got 'dice'"):
         AttentionLoss(kind="dice")
     with pytest.raises(ValueError, match="'mean' or 'none', got 'zero'"):
         AttentionLoss(negatives="zero")
+
+
+def test_cells_are_judged_one_by_one_where_their_truth_is_known():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, 2, dtype=torch.float64)
+    masks = torch.tensor([[[1, 0], [-1, 0]], [[1, 1], [0, -1]], [[-1, -1], [-1, -1]]], dtype=torch.float64)
+    found = cell_loss(logits, masks, torch.tensor([1, 0, -1]))
+    probability = torch.sigmoid(logits)
+    first = [(5.0, probability[0, 0, 0]), (1.0, 1 - probability[0, 0, 1]), (1.0, 1 - probability[0, 1, 1])]
+    expected = sum(-weight * torch.log(p) for weight, p in first) / 7
+    assert float(found[0]) == pytest.approx(float(expected))
+    assert float(found[1]) == pytest.approx(float(-torch.log(1 - probability[1]).mean()))  # a negative slab: all free
+    assert float(found[2]) == 0.0
+
+
+def test_cells_have_no_loss_of_maps():
+    with pytest.raises(ValueError, match="cell_loss"):
+        attention_loss(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), torch.ones(1), AttentionLoss("cells"))

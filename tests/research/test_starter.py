@@ -179,7 +179,7 @@ def test_calibration_leaves_few_false_candidates_and_a_threshold_that_others_kee
     made = calibrated(weights, made_up_pairs(4, 6))
     assert isinstance(made.detector.classifier, PooledClassifier)
     shifted = [pair.shifted(made.offset) for pair in made_up_pairs(4, 6)]
-    assert np.mean([len(pair.without.candidates_mm) for pair in shifted]) <= 1.0
+    assert np.mean([len(pair.without.candidates_mm) for pair in shifted]) <= 2.0
     assert all(len(pair.with_clots.candidates_mm) for pair in shifted)
     found = figures(shifted, lambda seen: study_probability(made.detector, seen), made.detector.decision.threshold)
     assert found["specificity"][0] >= 0.8

@@ -571,6 +571,20 @@ def test_matched_negatives_lie_at_the_heights_of_the_positives(studies, tmp_path
     assert np.sort(heights[0]) == pytest.approx(np.sort(np.clip(heights[1], 0, 1)), abs=0.1)
 
 
+def test_half_matched_negatives_lie_half_at_the_heights_of_the_positives_and_half_anywhere(studies, tmp_path):
+    sources = read_sources(studies)
+    ranges = {source.study.study: lung_range(read_volume(source.study.path)) for source in sources}
+    drawn = {
+        kind: prepare_slabs(sources, SLABS, tmp_path / kind, negatives=kind) for kind in ("matched", "half_matched")
+    }
+    chosen = {kind: {(slabs.files[file].study, int(slabs.slices[index])) for index, (file, _) in
+                     enumerate(slabs.places) if slabs.labels[index] == 0} for kind, slabs in drawn.items()}  # fmt: skip
+    assert len(chosen["half_matched"]) == len(chosen["matched"])
+    # other levels than the matched ones are among them, and none beyond the lungs
+    assert len(chosen["half_matched"] - chosen["matched"]) >= len(chosen["matched"]) // 4
+    assert all(ranges[study].first <= index <= ranges[study].last for study, index in chosen["half_matched"])
+
+
 def test_negatives_of_negative_studies_only_are_the_papers_way(studies, tmp_path):
     annotated = [replace(study, label="positive") if study.annotation else study for study in studies]
     slabs = prepare_slabs(read_sources(annotated), SLABS, tmp_path, negatives="negative_studies")

@@ -142,6 +142,17 @@ def test_stage_one_learns_where_the_emboli_are(stage1, studies):
     assert best["validation_auc"] > 0.8
 
 
+def test_cells_with_a_decision_by_the_strongest_ones_learn_where_the_emboli_are_too(studies, tmp_path):
+    settings = replace(LEARNING, attention_loss=AttentionLoss("cells"))
+    network = replace(ENCODER, strongest_cells=2)
+    detector = encoder(studies, tmp_path / "cells.safetensors", settings, network=network)
+    rows = Trained(detector, tmp_path / "cells.safetensors", []).rows
+    assert rows[-1]["attention_loss"] < 0.5 * rows[0]["attention_loss"]
+    assert max(row["validation_pointing"] for row in rows) > 0.5
+    with pytest.raises(InputError, match="strongest_cells"):
+        encoder(studies, tmp_path / "mean.safetensors", settings)
+
+
 def test_the_share_of_empty_maps_does_not_grow(stage1):
     shares = [row["empty_maps"] for row in stage1.rows]
     assert shares[-1] <= shares[0]

@@ -36,7 +36,7 @@ ENCODER = EncoderConfig(strongest_cells=1)
 POINTS = 400
 """Voxels kept of a clot, to measure distances to."""
 
-FALSE_CANDIDATES = 1.0
+FALSE_CANDIDATES = 2.0
 """Wanted in a calibration study without clots, on average."""
 
 SPECIFICITY = 0.85

@@ -133,7 +133,7 @@ def candidate_mask(result: DetectionResult, volume: Volume) -> NDArray[np.uint8]
     if attention is None or result.maps is None:
         raise ValueError("a detection without attention has no mask of candidates")
     probability = np.array([slab.probability for slab in detection.evidence], np.float32)
-    regions = candidate_regions(result.maps * probability[:, None, None]).astype(np.uint8)
+    regions = candidate_regions(result.maps * probability[:, None, None], attention.spacing_mm).astype(np.uint8)
     beside = ndimage.minimum_filter(np.where(regions == 0, 255, regions), 3)
     spread = np.where(regions == 0, np.where(beside == 255, 0, beside), regions)
     strong = np.greater_equal(resample_like(attention, volume).voxels, 255 * CANDIDATE_THRESHOLD)

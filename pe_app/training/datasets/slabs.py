@@ -47,7 +47,7 @@ MOST_REPEATS = 4
 NotOutlined = Literal["balanced", "as_listed", "left_out"]
 """What slices with embolism that is not outlined contribute: see ``EncoderTraining``."""
 
-NegativeSlabs = Literal["mixed", "negative_studies", "matched"]
+NegativeSlabs = Literal["mixed", "negative_studies", "matched", "half_matched"]
 """Where slabs without embolism come from: see ``prepare_slabs``."""
 
 
@@ -196,6 +196,8 @@ def prepare_slabs(
     - ``"negative_studies"``: all from the lung range of negative studies, as in the paper (section 3.1).
     - ``"matched"``: all from negative studies, at the relative heights in the lung at which the positive slabs lie.
       Emboli sit round the hilum; drawn over the whole lung, slabs can be told apart by their height alone [ours].
+    - ``"half_matched"``: half of each study's as ``"matched"``, the others from anywhere in the lung, so that stage I
+      learns what levels without emboli look like, too: matched alone leaves it undefined there [ours].
 
     Args:
         sources: studies of one side of the split (``read_sources``).
@@ -230,12 +232,13 @@ def prepare_slabs(
     share = min(len(marked), wanted - wanted // 2 if any(drawn_from) else wanted)
     kept = {marked[place] for place in generator.permutation(len(marked))[:share]}
     random = _dealt(wanted - share, drawn_from, generator)
-    heights = iter(generator.permutation(_heights(sources, positive, cache_dir)) if negatives == "matched" else ())
+    heights = iter(generator.permutation(_heights(sources, positive, cache_dir)) if "matched" in negatives else ())
 
     entries = []
     for number, source in enumerate(sources):
         negative = [index for index in none[number] if (number, index) in kept]
-        at = tuple(round(float(height), 3) for height in islice(heights, random[number]))
+        matched = random[number] if negatives == "matched" else (random[number] + 1) // 2
+        at = tuple(round(float(height), 3) for height in islice(heights, matched))
         wish = _Wish(positive[number], negative, random[number], _reviewed(source, "uncertain"), seed, at)
         if wish.positive or wish.negative or wish.random:
             entries.append(_SlabEntry.of(source, wish, config, cache_dir))
@@ -256,7 +259,7 @@ def prepare_slabs(
 class _Wish:
     """Which slabs of a study are wanted: targets by positive slice, negative slices, and how many random ones.
 
-    ``heights`` are those of the random ones as shares of the lung range; empty where they may lie anywhere in it.
+    ``heights`` are those of random ones as shares of the lung range; the others may lie anywhere in it.
     """
 
     positive: Mapping[int, NDArray[np.int8]]
@@ -367,14 +370,12 @@ def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
     lung = lung_range(volume)
     taken = {*wish.negative, *wish.uncertain}
     free = [index for index in range(lung.first, lung.last + 1) if index not in taken]
-    if wish.heights:
-        chosen_at: list[int] = []
-        for height in wish.heights[: len(free)]:
-            place = lung.first + height * (lung.last - lung.first)
-            chosen_at.append(free.pop(int(np.abs(np.array(free) - place).argmin())))
-        return sorted(chosen_at)
-    chosen = np.random.default_rng(seed).permutation(len(free))[: wish.random]
-    return sorted(free[place] for place in chosen)
+    chosen: list[int] = []
+    for height in wish.heights[: len(free)]:
+        place = lung.first + height * (lung.last - lung.first)
+        chosen.append(free.pop(int(np.abs(np.array(free) - place).argmin())))
+    anywhere = np.random.default_rng(seed).permutation(len(free))[: wish.random - len(chosen)]
+    return sorted([*chosen, *(free[place] for place in anywhere)])
 
 
 def _heights(sources: Sequence[StudySource], positive: Sequence[Mapping[int, object]], cache_dir: Path) -> list[float]:
