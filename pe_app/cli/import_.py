@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pe_app.cli.detecting import EXIT_INCOMPLETE
 from pe_app.cli.options import Accept, Limits, Refuse, progress_bars
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def import_(
             "table of patients is kept next to it."
         ),
     ] = None,
+    names: Annotated[
+        str, typer.Option(help="What studies are called after: accession (number), patient (and day) or hash.")
+    ] = "hash",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes.", show_default="one per core, at most 4")
     ] = None,
@@ -48,25 +52,31 @@ def import_(
     A table reports what became of each series, and why it was skipped.
     """
     import os
+    from typing import cast, get_args
 
     from pe_app.common.errors import InputError
     from pe_app.ct.quality import read_limits
-    from pe_app.pacs.importing import ImportSettings, Pseudonyms, import_studies, read_key
+    from pe_app.pacs.importing import ImportSettings, Names, Pseudonyms, import_studies, read_key
 
     if deidentify != (key is not None):
         raise InputError("--deidentify and --key FILE belong together: pseudonyms need a key, and nothing else does")
+    if names not in get_args(Names):
+        raise InputError(f"--names {names}: write {', '.join(get_args(Names))}")
+    if deidentify and names != "hash":
+        raise InputError(f"--names {names} would give patients away: leave it out with --deidentify")
     settings = ImportSettings(
         study_list,
         key,
         Pseudonyms(read_key(key, studies)) if key else None,
         workers or min(4, os.cpu_count() or 1),
         read_limits(limits, accept or (), refuse or ()),
+        cast("Names", names),
     )
     with progress_bars() as progress:
         lines = import_studies(sources, studies, settings, progress)
     _show(lines)
     count = {status: sum(line.status == status for line in lines) for status in ("imported", "known", "failed")}
-    unfit = sum(line.quality == "refused" for line in lines)
+    unfit = sum(line.quality == "refused" and line.status == "imported" for line in lines)
     typer.echo(
         f"{count['imported']} studies imported ({unfit} of them unfit for detection), {count['known']} "
         f"unchanged, skipped, {count['failed']} failures, {len(lines) - sum(count.values())} series left out.\n"
@@ -75,6 +85,8 @@ def import_(
     )
     if not count["imported"] and not count["known"]:
         raise typer.Exit(1)
+    if count["failed"]:
+        raise typer.Exit(EXIT_INCOMPLETE)
 
 
 def _show(lines: Sequence[ImportLine]) -> None:

@@ -128,12 +128,35 @@ class SourceSeries:
                 f"series {self.series_uid}: its instances are not known here, so that nothing can refer to them: "
                 "read the DICOM files, or use the key of the de-identification"
             )
+        self._check_identifiers()
         if self.instances[0].frame is None:
             return [self._slice_dataset(instance) for instance in self.instances]
         return [self._multi_frame_dataset()]
 
+    def _check_identifiers(self) -> None:
+        """Refuse to make objects that refer to nothing.
+
+        Raises:
+            InputError: naming the tag that lacks a value, or has one value for several slices.
+        """
+        needed = {
+            "SOP Class UID (0008,0016)": self.sop_class_uid,
+            "Study Instance UID (0020,000D)": self.study_uid,
+            "Series Instance UID (0020,000E)": self.series_uid,
+            "SOP Instance UID (0008,0018)": all(instance.sop_instance_uid for instance in self.instances),
+        }
+        empty = [tag for tag, value in needed.items() if not value]
+        names = [(instance.sop_instance_uid, instance.frame) for instance in self.instances]
+        if empty:
+            raise InputError(f"series {self.series_uid}: {empty[0]} is empty, so that nothing can refer to its slices")
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"series {self.series_uid}: {len(names)} slices have {len(set(names))} different SOP Instance UIDs "
+                "(0008,0018), so that nothing can refer to one of them"
+            )
+
     def _shared_dataset(self, sop_instance_uid: str) -> Dataset:
-        dataset = Dataset.from_json(json.dumps(self.header))
+        dataset = Dataset.from_json(json.dumps(_cleaned(self.header)))
         dataset.PatientID = self.patient_id
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID = self.study_uid, self.series_uid
         dataset.FrameOfReferenceUID = self.frame_of_reference_uid
@@ -171,6 +194,30 @@ class SourceSeries:
 
 
 SOURCE = Schema(SourceSeries, "pe-source", 1)
+
+
+_DATE = re.compile(r"[12]\d{3}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
+_TIME = re.compile(r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:[0-5]\d(?:\.\d{1,6})?)?)?")
+_SEX = "00100040"
+
+
+def _cleaned(header: Mapping[str, object]) -> dict[str, object]:
+    """A header's DICOM JSON with values left empty that no object may repeat: dates, times and a sex that are none.
+
+    Anonymisers write birth dates of zeros, words for dates, and a sex beyond M, F and O.
+    """
+    return {tag: _clean_element(tag, element) for tag, element in header.items()}
+
+
+def _clean_element(tag: str, element: object) -> object:
+    if not isinstance(element, dict):
+        return element
+    pattern = {"DA": _DATE, "TM": _TIME}.get(str(element.get("vr")))
+    values = element.get("Value") or []
+    valid = all(pattern is None or pattern.fullmatch(str(value)) for value in values)
+    if tag == _SEX:
+        valid = all(value in ("M", "F", "O") for value in values)
+    return element if valid else {"vr": element.get("vr")}
 
 
 def source_path(ct: Path) -> Path:

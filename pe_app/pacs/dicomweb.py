@@ -54,6 +54,9 @@ BATCH_BYTES = 32 << 20
 MIN_SLICES = 20
 """A series with fewer is a localizer, a dose sheet or a measurement of the contrast, and no chest."""
 
+MAX_ENHANCED = 4
+"""Instances that an enhanced CT of a chest has at most, each of many frames."""
+
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _RETURNED = ("00080020", "00080030", "00081030", "0008103E", "00100020", "00200011", "00201209")
 _DUPLICATE = 0x0111
@@ -72,6 +75,14 @@ _FAILURES = {
 
 class Unavailable(InputError):  # noqa: N818 - a state, not a fault
     """The archive is down, too slow or failing: the same call may work later."""
+
+
+class _NotThere(InputError):  # noqa: N818 - a verdict, not a fault
+    """404; ``listing`` tells that it may be an archive's word for an empty list, and not a page about addresses."""
+
+    def __init__(self, message: str, *, listing: bool) -> None:
+        super().__init__(message)
+        self.listing = listing
 
 
 class Incomplete(Unavailable):
@@ -195,10 +206,18 @@ class Archive:
         """
         asked = {"Modality": "CT", **(query or {}), "includefield": _RETURNED}
         found: dict[tuple[str, str], ArchiveSeries] = {}
+        invalid = 0
         for item in self._pages("series", asked):
             if _text(item, "00080060") in ("CT", ""):  # not every archive heeds a filter
                 one = self._listed(item)
-                found.setdefault((one.study, one.series), one)
+                if one is None:
+                    invalid += 1
+                else:
+                    found.setdefault((one.study, one.series), one)
+        if invalid:
+            log.warning(
+                "%s: %d series with an invalid UID are left out of %d", self._name, invalid, invalid + len(found)
+            )
         return tuple(found.values())
 
     def studies(self, query: Mapping[str, str] | None = None) -> dict[str, tuple[ArchiveSeries, ...]]:
@@ -210,10 +229,27 @@ class Archive:
             query: as for ``series``.
         """
         found: defaultdict[str, list[ArchiveSeries]] = defaultdict(list)
+        small: defaultdict[str, list[ArchiveSeries]] = defaultdict(list)
         for one in sorted(self.series(query), key=lambda one: (one.date, one.study)):
-            if one.instances >= MIN_SLICES or not one.instances:
-                found[one.study].append(one)
+            chest = one.instances >= MIN_SLICES or not one.instances
+            (found if chest else small)[one.study].append(one)
+        left = 0
+        for study, series in small.items():
+            many_frames = [one for one in series if study not in found and self._has_frames(one)]
+            if many_frames:
+                found[study] += many_frames
+            left += len(series) - len(many_frames)
+        if left:
+            log.warning("%s: %d series of fewer than %d slices are left out", self._name, left, MIN_SLICES)
         return {study: tuple(sorted(series, key=_order_of_choice)) for study, series in found.items()}
+
+    def _has_frames(self, one: ArchiveSeries) -> bool:
+        """Whether a series of few instances may be an enhanced CT: their frames make a chest, or are not listed."""
+        if one.instances > MAX_ENHANCED:
+            return False
+        where = f"studies/{_checked_uid(one.study)}/series/{_checked_uid(one.series)}/instances"
+        frames = [_number(item, "00280008") for item in self._pages(where, {"includefield": "00280008"})]
+        return bool(frames) and (not all(frames) or sum(frames) >= MIN_SLICES)
 
     def retrieve_study(
         self, series: Sequence[ArchiveSeries], folder: Path, progress: ProgressCallback = silent
@@ -320,18 +356,23 @@ class Archive:
                 return
 
     def _listing(self, path: str, asked: Mapping[str, str | Sequence[str]]) -> list[Mapping[str, object]]:
-        with closing(self._open("GET", path, "application/dicom+json", params=asked)) as response:
-            if response.status_code == 204:
-                return []
-            answer = self._json(response)
+        try:
+            with closing(self._open("GET", path, "application/dicom+json", params=asked)) as response:
+                answer = [] if response.status_code == 204 else self._json(response)
+        except _NotThere as error:  # no match: the standard's own words for it have changed, and so have archives
+            if not error.listing:
+                raise InputError(str(error)) from error
+            return []
         if not isinstance(answer, list) or not all(isinstance(item, dict) for item in answer):
             raise self._nonsense("its list of series is no list of DICOM objects")
         return answer
 
-    def _listed(self, item: Mapping[str, object]) -> ArchiveSeries:
+    def _listed(self, item: Mapping[str, object]) -> ArchiveSeries | None:
+        """A series of a listing; None where its UIDs are none, so that nothing could fetch it."""
         study, series = _text(item, "0020000D"), _text(item, "0020000E")
         if not _UID.fullmatch(study) or not _UID.fullmatch(series):
-            raise self._nonsense(f"it lists a series with the UIDs {study[:80]!r} and {series[:80]!r}")
+            log.warning("%s: it lists a series with the UIDs %.80r and %.80r", self._name, study, series)
+            return None
         return ArchiveSeries(
             study,
             series,
@@ -372,6 +413,11 @@ class Archive:
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise self._broken(error) from error
         status = response.status_code
+        if status == 404:
+            listing = self._is_empty_list(response)
+            response.close()
+            text = f"{self._name}: it has no {path} (404): check the address, or the object was deleted"
+            raise _NotThere(text, listing=listing)
         listed = method == "POST" and 400 <= status < 500 and status not in (401, 403, 404, 408, 413, 425, 429)
         if status < 300 or listed:  # archives answer a partly failed STOW-RS with 4xx and say which instances failed
             return response
@@ -379,12 +425,24 @@ class Archive:
         if status in (401, 403):
             who = f"user {access.user!r}" if access.user else "requests without a user"
             raise InputError(f"{self._name}: it refuses {who} ({status}): check --user and the password")
-        if status == 404:
-            raise InputError(f"{self._name}: it has no {path} (404): check the address, or the object was deleted")
         if status in (408, 425, 429) or (status >= 500 and status != 501):
             raise Unavailable(f"{self._name}: it fails at the moment ({status} {response.reason})")
         where = f" to {response.headers['Location']}" if "Location" in response.headers else ""
         raise InputError(f"{self._name}: it answers {path} with {status} {response.reason}{where}: check the address")
+
+    def _is_empty_list(self, response: requests.Response) -> bool:
+        """Whether a 404 has no words, or words in DICOM JSON: archives answer so where nothing matches."""
+        try:
+            content = response.raw.read(1 << 16, decode_content=True)
+        except (urllib3.exceptions.HTTPError, OSError):
+            return False
+        if not content.strip():
+            return True
+        try:
+            json.loads(content)
+        except ValueError:
+            return False
+        return "dicom+json" in response.headers.get("Content-Type", "")
 
     def _content(self, response: requests.Response) -> Iterator[bytes]:
         until = time.monotonic() + self._limits.total_s
@@ -405,6 +463,8 @@ class Archive:
             content += chunk
             if len(content) > MAX_JSON_BYTES:
                 raise self._nonsense(f"its answer to a query is larger than {MAX_JSON_BYTES >> 20} MB")
+        if not content.strip():  # as the standard says no match since it dropped 204
+            return []
         try:
             return json.loads(bytes(content))
         except (ValueError, RecursionError) as error:

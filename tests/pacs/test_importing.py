@@ -470,3 +470,96 @@ def test_a_real_chest_is_imported_as_it_is_read(real_data, tmp_path):
     np.testing.assert_array_equal(imported.voxels, read.voxels)
     assert imported.same_grid(read, 1e-3)
     assert imported.source.instances == read.source.instances
+
+
+# the way from reports to studies
+
+
+def test_the_list_keeps_what_reports_are_known_by_and_the_gates_reasons(write_series, tmp_path):
+    write_series(stored_pixels(), folder=tmp_path / "x", PatientID="P", StudyInstanceUID="1.2.9", StudyDate="20250304",
+                 AccessionNumber="A7")  # fmt: skip
+    first = import_studies([tmp_path / "x"], tmp_path / "studies")
+    (study,) = read_studies(tmp_path / "studies" / "studies.csv")
+    assert (study.accession, study.study_uid, study.date, study.patient) == ("A7", "1.2.9", "2025-03-04", "P")
+    assert (study.fitness, study.reasons.split()) == ("refused", first[0].codes.split())
+    (again,) = import_studies([tmp_path / "x"], tmp_path / "studies")
+    assert (again.status, again.quality, again.codes) == ("known", "refused", first[0].codes)
+
+
+def test_a_list_of_an_earlier_version_gets_the_identifiers_of_its_studies(disc, tmp_path):
+    import_studies([disc], tmp_path / "studies")
+    path = tmp_path / "studies" / "studies.csv"
+    rows = list(csv.DictReader(path.open()))
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, ["study", "path", "label"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "label": "positive"} for row in rows)
+    import_studies([disc], tmp_path / "studies")
+    assert {(study.study_uid, study.label) for study in read_studies(path)} == {
+        ("1.2.1", "positive"),
+        ("1.2.2", "positive"),
+    }
+
+
+def test_studies_are_called_after_their_accession_number_or_patient_and_nobody_elses(write_series, tmp_path):
+    for number, (patient, accession) in enumerate((("P/1", "A 7"), ("P/1", "A 7"), ("P2", ""))):
+        names = {"PatientID": patient, "AccessionNumber": accession, "StudyInstanceUID": f"1.2.{number}"}
+        folder = tmp_path / "x" / str(number)
+        write_series(
+            stored_pixels(number), folder=folder, SeriesInstanceUID=f"1.3.{number}", StudyDate="20250304", **names
+        )
+    by_patient = ["P2_2025-03-04", "P_1_2025-03-04", "P_1_2025-03-04-"]
+    for kind, wanted in (("accession", ["A_7", "A_7-", "ct-"]), ("patient", by_patient)):
+        out = tmp_path / kind
+        import_studies([tmp_path / "x"], out, ImportSettings(names=kind))
+        found = sorted(study.study for study in read_studies(out / "studies.csv"))
+        assert len(found) == 3
+        assert all(name.startswith(start) for name, start in zip(found, wanted, strict=True)), found
+        again = import_studies([tmp_path / "x"], out, ImportSettings(names="hash"))
+        assert {line.status for line in again} == {"known"}, "a study keeps the name that it has"
+        assert sorted(line.study for line in again) == found
+
+
+def test_reports_find_the_studies_of_a_deidentified_import_with_its_key(disc, tmp_path):
+    for path in (disc / "a").iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.AccessionNumber = "ACC1"
+        dataset.save_as(path)
+    key = tmp_path / "key"
+    settings = ImportSettings(key_file=key, pseudonyms=Pseudonyms(read_key(key, tmp_path / "studies")))
+    import_studies([disc], tmp_path / "studies", settings)
+    assert "ACC1" not in (tmp_path / "studies" / "studies.csv").read_text()
+    (tmp_path / "reports.csv").write_text("accession,report\nACC1,Acute PE.\nACC2,No PE.\n")
+    words = ["label-reports", tmp_path / "reports.csv", "--out", tmp_path / "labels.csv", "--studies",
+             tmp_path / "studies" / "studies.csv"]  # fmt: skip
+    assert CliRunner().invoke(app, list(map(str, words))).exit_code != 0
+    done = CliRunner().invoke(app, list(map(str, [*words, "--key", key])))
+    assert done.exit_code == 0, done.output
+    assert "1 of 2 reports belong to a study" in done.output
+    assert "ACC2" in done.output
+    assert sorted(study.label for study in read_studies(tmp_path / "studies" / "studies.csv")) == ["", "positive"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not DICOM at all"])
+def test_a_damaged_dicomdir_is_left_out_and_its_disc_is_imported(disc, tmp_path, content):
+    (disc / "DICOMDIR").write_bytes(content)
+    lines = import_studies([disc], tmp_path / "studies")
+    assert len(cts(tmp_path / "studies")) == 2
+    assert any(line.status == "left out" and "the DICOMDIR is damaged" in line.reason for line in lines)
+
+
+def test_a_slice_that_is_a_link_to_nowhere_keeps_its_series_out_by_name(disc, tmp_path):
+    last = max((disc / "b").iterdir())
+    last.unlink()
+    last.symlink_to("/nowhere/object")
+    lines = import_studies([disc], tmp_path / "studies")
+    assert len(cts(tmp_path / "studies")) == 1
+    assert any(line.status == "failed" and last.name in line.reason for line in lines)
+    done = CliRunner().invoke(app, ["import", str(disc), "--studies", str(tmp_path / "studies")])
+    assert done.exit_code == 4, "a study failed"
+
+
+def test_an_empty_slice_within_an_archive_keeps_its_series_out(disc, tmp_path):
+    max((disc / "b").iterdir()).write_bytes(b"")
+    import_studies([zipped(disc, tmp_path / "export.zip")], tmp_path / "studies")
+    assert len(cts(tmp_path / "studies")) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
+import re
 import shutil
 import tempfile
 from collections import defaultdict
@@ -22,23 +23,21 @@ from pe_app.common.files import write_durably
 from pe_app.common.progress import Progress, ProgressCallback, silent
 from pe_app.common.worker_pool import Processes
 from pe_app.ct.dicom_headers import SliceHeader, by_series, read_headers
-from pe_app.ct.dicom_pixels import read_stack
-from pe_app.ct.dicom_stack import arrange, in_order_of_choice, unsuitable
+from pe_app.ct.dicom_stack import in_order_of_choice, unsuitable
 from pe_app.ct.lost_slices import NamedFile, lost_slices
-from pe_app.ct.quality import CODES, QualityLimits, Reason, check_study
-from pe_app.ct.source_series import SourceSeries, read_source, source_path, write_source
-from pe_app.ct.volume import Volume
-from pe_app.ct.volume_io import write_volume
+from pe_app.ct.quality import CODES, QualityLimits, Reason
+from pe_app.ct.source_series import read_source, source_path
+from pe_app.pacs.importing.conversion import Converted, Job, convert_study
 from pe_app.pacs.importing.dicomdir import is_dicomdir, missing_slices
 from pe_app.pacs.importing.pseudonyms import Pseudonyms, identities_folder
 from pe_app.pacs.importing.unpacking import SourceFile, find_files, is_archive, unpack
-from pe_app.studies import Study, read_studies, write_studies
+from pe_app.studies import Fitness, Study, read_studies, write_studies
 
 Status = Literal["imported", "known", "left out", "failed"]
 _ORDER: tuple[Status, ...] = get_args(Status)
 
-SERIES_TRIED = 4
-"""Of a study whose largest series is refused, as a native one is: so many are read to find one that is fit."""
+Names = Literal["hash", "accession", "patient"]
+
 FILES_AT_ONCE = 64
 """Headers that one process reads before it reports."""
 
@@ -53,6 +52,7 @@ class ImportSettings:
         pseudonyms: under that key.
         workers: processes.
         limits: what a study must reach.
+        names: what a study is called after: its accession number, its patient and day, or a hash of its identifiers.
     """
 
     study_list: Path | None = None
@@ -60,6 +60,7 @@ class ImportSettings:
     pseudonyms: Pseudonyms | None = None
     workers: int = 1
     limits: QualityLimits = field(default_factory=QualityLimits)
+    names: Names = "hash"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class ImportLine:
         study: its id in the folder of studies; empty where there is none.
         patient, series, description: as in the headers; pseudonyms and nothing after de-identification.
         slices: images in the series.
-        quality: ``fit``, ``warned`` or ``refused``; empty where the series was not taken.
+        quality: ``fit``, ``warned`` or ``refused``, also of an earlier import; empty where the series was not taken.
         codes: of the quality gate's reasons, or why a series was left out; separated by blanks.
         reason: the same in words.
         source: the folder or archive.
@@ -134,29 +135,9 @@ def import_studies(
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One study to convert, in a process of its own."""
-
-    study: str
-    path: Path
-    candidates: tuple[list[SliceHeader], ...]
-    files: Mapping[Path, SourceFile]
-    settings: ImportSettings
-
-
-@dataclass(frozen=True)
 class _Headers:
     headers: list[SliceHeader]
     damaged: list[tuple[Path, str]]
-
-
-@dataclass(frozen=True)
-class _Converted:
-    """What a process made: the series taken, the gate's reasons, and why others were not taken."""
-
-    taken: str = ""
-    reasons: tuple[Reason, ...] = ()
-    faults: Mapping[str, InputError] = field(default_factory=dict)
 
 
 class _Import:
@@ -174,6 +155,7 @@ class _Import:
         self.lines: list[ImportLine] = []
         self.damaged: list[SourceFile] = []
         self.added: list[Study] = []
+        self.named: dict[str, str] = {}
 
     def run(self, sources: Sequence[Path], unpacked: Path) -> tuple[ImportLine, ...]:
         files = {file.path: file for file in self._files(sources, unpacked)}
@@ -231,7 +213,7 @@ class _Import:
         for header in headers:
             by_study[header.patient, header.study].append(header)
         jobs = []
-        for (patient, uid), slices in by_study.items():
+        for (_, uid), slices in by_study.items():
             faults: dict[str, InputError | None] = {}
             series = by_series(slices)
             for name, members in series.items():
@@ -246,7 +228,7 @@ class _Import:
                 else:
                     faults[name] = unsuitable(members)
             usable = in_order_of_choice([series[name] for name in series if faults[name] is None])
-            study = self._name(patient, uid)
+            study = self._name(slices[0])
             path = self.folder / f"{study}.nrrd"
             taken = self._known(path, uid)
             for name, members in series.items():
@@ -257,28 +239,38 @@ class _Import:
                     is_it = taken in (members[0].series, self._uid(members[0].series))
                     fault = None if is_it else InputError("another series of the study was imported before")
                     self._add(members, files, "known" if is_it else "left out", study, fault=fault)
-                self.added.append(Study(study, path, self._patient(patient)))
+                self.added.append(self._study(study, path, slices[0]))
             elif path.exists():
                 fault = InputError(f"{path.name} is there without a record that it came from this study: move it away")
                 for members in usable:
                     self._add(members, files, "failed", study, fault=fault)
             elif usable:
                 own = {one.path: files[one.path] for members in usable for one in members}
-                jobs.append(_Job(study, path, tuple(usable), own, self.settings))
+                jobs.append(
+                    Job(
+                        study,
+                        path,
+                        tuple(usable),
+                        own,
+                        self.settings.limits,
+                        self.settings.pseudonyms,
+                        self.settings.key_file,
+                    )
+                )
         self.progress(Progress("convert", 0, len(jobs)))
-        for done, (job, outcome) in enumerate(self.processes.run(_convert_study, jobs), start=1):
+        for done, (job, outcome) in enumerate(self.processes.run(convert_study, jobs), start=1):
             self._note(job, outcome, files)
             self.progress(Progress("convert", done, len(jobs), job.study))
 
-    def _note(self, job: _Job, outcome: _Converted | Exception, files: Mapping[Path, SourceFile]) -> None:
+    def _note(self, job: Job, outcome: Converted | Exception, files: Mapping[Path, SourceFile]) -> None:
         """The lines of a study that a process has finished."""
         if isinstance(outcome, Exception):
-            outcome = _Converted(faults={job.candidates[0][0].series: InputError(f"cannot be converted: {outcome}")})
+            outcome = Converted(faults={job.candidates[0][0].series: InputError(f"cannot be converted: {outcome}")})
         for members in job.candidates:
             name = members[0].series
             if name == outcome.taken:
                 self._add(members, files, "imported", job.study, reasons=outcome.reasons)
-                self.added.append(Study(job.study, job.path, self._patient(members[0].patient)))
+                self.added.append(self._study(job.study, job.path, members[0], outcome.reasons))
             else:
                 fault = outcome.faults.get(name) or InputError("another series of the study was taken")
                 told = outcome.taken or isinstance(fault, UnfitStudy)
@@ -295,9 +287,14 @@ class _Import:
     ) -> None:
         """A series' line."""
         first = members[0]
-        quality = "refused" if any(reason.refuses for reason in reasons) else "warned" if reasons else "fit"
+        quality = _fitness(reasons) if status == "imported" else ""
         if fault is not None:
             reasons = [Reason(fault.code if isinstance(fault, UnfitStudy) else "", str(fault), True)]
+        elif status == "known":  # what the list remembers of the import that took it
+            listed = next((one for one in self.listed if one.study == study), None)
+            if listed is not None:
+                quality = listed.fitness
+                reasons = [Reason(code, CODES.get(code, code), False) for code in listed.reasons.split()]
         self.lines.append(
             ImportLine(
                 status,
@@ -306,7 +303,7 @@ class _Import:
                 first.series,
                 first.description,
                 len(members),
-                quality if status == "imported" else "",
+                quality,
                 " ".join(dict.fromkeys(reason.code for reason in reasons if reason.code)),
                 "; ".join(reason.message for reason in reasons),
                 str(files[first.path].root),
@@ -328,8 +325,45 @@ class _Import:
                 record = read_source(source_path(path))
         return record.series_uid if record and record.study_uid in (uid, self._uid(uid)) else ""
 
-    def _name(self, patient: str, uid: str) -> str:
-        """A study's id: the same for the same study in every call, and nobody's name."""
+    def _study(self, study: str, path: Path, header: SliceHeader, reasons: Sequence[Reason] | None = None) -> Study:
+        """A study as the list keeps it; ``reasons`` of the quality gate, None where an earlier import asked it."""
+        pseudonyms = self.settings.pseudonyms
+        accession, date = header.accession, header.date
+        if pseudonyms:
+            accession, date = pseudonyms.code("accession", accession), pseudonyms.date(header.patient, date)
+        return Study(
+            study,
+            path,
+            self._patient(header.patient),
+            accession=accession,
+            study_uid=self._uid(header.study),
+            date=date,
+            fitness="" if reasons is None else _fitness(reasons),
+            reasons=" ".join(dict.fromkeys(reason.code for reason in reasons or ())),
+        )
+
+    def _name(self, header: SliceHeader) -> str:
+        """A study's id: the one that the list has for it, or one that no other study has."""
+        uid = self._uid(header.study)
+        listed = next((one for one in self.listed if one.study_uid and one.study_uid == uid), None)
+        if listed is not None and listed.path == self.folder / f"{listed.study}.nrrd":
+            return listed.study
+        hashed = self._hashed(header.patient, header.study)
+        by_patient = f"{header.patient}_{header.date}".strip("_")
+        wanted = header.accession if self.settings.names == "accession" else by_patient
+        plain = re.sub(r"[^A-Za-z0-9._-]", "_", wanted).strip("._-")[:64]
+        if self.settings.names == "hash" or not plain:
+            self.named.setdefault(hashed, header.study)
+            return hashed
+        for name in (plain, f"{plain}-{hashed.removeprefix('ct-')[:6]}"):
+            path = self.folder / f"{name}.nrrd"
+            free = not path.exists() and name not in {one.study for one in self.listed}
+            if self.named.get(name, header.study) == header.study and (free or self._known(path, header.study)):
+                self.named[name] = header.study
+                return name
+        return hashed
+
+    def _hashed(self, patient: str, uid: str) -> str:
         if self.settings.pseudonyms is not None:
             return f"ct-{self.settings.pseudonyms.code('study', f'{patient} {uid}')[:12]}"
         return f"ct-{sha256(f'{patient} {uid}'.encode()).hexdigest()[:12]}"
@@ -341,11 +375,13 @@ class _Import:
         return self.settings.pseudonyms.uid(uid) if self.settings.pseudonyms else uid
 
     def _write_list(self) -> None:
-        """Add what is not listed yet; lines that are there stay."""
+        """Add what is not listed yet; lines that are there stay, and get what earlier imports did not keep."""
+        found = {study.study: study for study in self.added}
+        listed = tuple(_completed(study, found.get(study.study)) for study in self.listed)
         names, paths = {study.study for study in self.listed}, {study.path.resolve() for study in self.listed}
         new = [study for study in self.added if study.study not in names and study.path.resolve() not in paths]
-        if new:
-            write_studies((*self.listed, *new), self.list)
+        if new or listed != self.listed:
+            write_studies((*listed, *new), self.list)
 
     def _write_report(self) -> None:
         self.lines.sort(key=lambda line: (_ORDER.index(line.status), line.study, line.series))
@@ -372,6 +408,22 @@ class _Import:
         )
 
 
+def _fitness(reasons: Sequence[Reason]) -> Fitness:
+    return "refused" if any(reason.refuses for reason in reasons) else "warned" if reasons else "fit"
+
+
+def _completed(listed: Study, found: Study | None) -> Study:
+    """A listed study with the identifiers that are empty in the list."""
+    if found is None:
+        return listed
+    return replace(
+        listed,
+        accession=listed.accession or found.accession,
+        study_uid=listed.study_uid or found.study_uid,
+        date=listed.date or found.date,
+    )
+
+
 def _read_part(paths: Sequence[Path]) -> _Headers:
     """The headers of some files, and what is damaged."""
     found = _Headers([], [])
@@ -381,60 +433,6 @@ def _read_part(paths: Sequence[Path]) -> _Headers:
         except (InputError, OSError) as error:
             found.damaged.append((path, str(error).removeprefix(f"{path.name}: ")))
     return found
-
-
-def _convert_study(job: _Job) -> _Converted:
-    """Read the series in order of choice until one is fit, and write the best one."""
-    faults: dict[str, InputError] = {}
-    best: tuple[int, Volume, SourceSeries, tuple[Reason, ...]] | None = None
-    for slices in job.candidates[:SERIES_TRIED]:
-        try:
-            volume, identity = _read_series(slices, job)
-        except InputError as error:
-            faults[slices[0].series] = error
-            continue
-        reasons = check_study(volume, job.settings.limits)
-        refused = [reason for reason in reasons if reason.refuses]
-        if refused:
-            faults[identity.series_uid] = UnfitStudy(refused[0].code, refused[0].message)
-        worth = 0 if refused else 1 if any(reason.code == "weak_contrast" for reason in reasons) else 2
-        if best is None or worth > best[0]:
-            best = worth, volume, identity, reasons
-        if worth == 2:
-            break
-    if best is None:
-        return _Converted(faults=faults)
-    _, volume, identity, reasons = best
-    if job.settings.key_file is not None:
-        private = identities_folder(job.settings.key_file) / f"{job.study}.json"
-        write_source(identity, private)
-        private.chmod(0o600)
-    if volume.source is not None:
-        write_source(volume.source, source_path(job.path))
-    write_volume(volume, job.path)  # last: from here on the study is there
-    return _Converted(identity.series_uid, reasons, faults)
-
-
-def _read_series(slices: Sequence[SliceHeader], job: _Job) -> tuple[Volume, SourceSeries]:
-    """A series' Volume with what may be known of its source, and all that is known of it."""
-    stack = arrange(slices)
-    volume = read_stack(stack, stack.slices[0].path.parent)
-    if volume.source is None:
-        raise TypeError("read_stack gives a volume with its source")
-    files = [job.files[one.path] for one in stack.slices]
-    together = len({file.root for file in files}) == 1
-    identity = replace(
-        volume.source,
-        root=str(files[0].root) if together else "",
-        instances=tuple(
-            replace(instance, file=file.name if together else f"{file.root}/{file.name}")
-            for instance, file in zip(volume.source.instances, files, strict=True)
-        ),
-        image_sha256=volume.sha256,
-    )
-    pseudonyms = job.settings.pseudonyms
-    public = pseudonyms.source(identity) if pseudonyms else identity
-    return replace(volume, source=public, name=job.study), identity
 
 
 def _folder_of(file: SourceFile) -> tuple[Path, str]:
