@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from pe_app.cli.options import (
+    EXIT_INCOMPLETE,
     EXIT_REFUSED,
     Accept,
     ArchiveUser,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from pe_app.results.find_studies import BatchStudy, Found
     from pe_app.results.outcome import Outcome
 
-EXIT_INCOMPLETE = 4
 EXIT_STOPPED = 130
 """Of every program that Ctrl-C stopped."""
 

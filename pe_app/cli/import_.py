@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pe_app.cli.detecting import EXIT_INCOMPLETE
-from pe_app.cli.options import Accept, Limits, Refuse, progress_bars
+from pe_app.cli.options import EXIT_INCOMPLETE, Accept, Limits, Refuse, progress_bars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
+EXIT_INCOMPLETE = 4
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model file; by default the starter model that ships.")]
 Out = Annotated[Path, typer.Option("--out", help="Where the trained model is published.")]
