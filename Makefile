@@ -1,11 +1,12 @@
 # make demo: install, two phantom studies, a real server, both detections in demo/
 # make test: install, then every test
-# make campaign: the server killed, starved, crowded and lied to for ten minutes, and a table of what was lost
+# make campaign: the server killed, starved, crowded and sent malformed requests for ten minutes, and a table of what was lost
+# make docs: install, then the documentation as a site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test loop campaign install lint starter-model clean
+.PHONY: demo test loop campaign install lint docs clean
 
 install: $(VENV)/.installed
 
@@ -33,13 +34,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The recipe of the model that ships. Enhanced CTs to paint emboli into (CT or CT,ARTERIES each), folders of enhanced
-# single slices likewise, and CTs that are painted into and only looked at in the end:
-#   make starter-model BACKGROUNDS="CT ..." SLICES="FOLDER ..." HELD_OUT="CT,ARTERIES ..."
-starter-model: install
-	$(BIN)/python -m pe_app.research.starter --work runs/starter --out pe_app/weights/starter.safetensors \
-		$(foreach b,$(BACKGROUNDS),--background $(b)) $(foreach s,$(SLICES),--slices $(s)) \
-		$(foreach h,$(HELD_OUT),--held-out $(h))
+# The documentation as a site, in site/
+docs: install
+	$(BIN)/python -m mkdocs build --quiet --site-dir site
 
 clean:
-	rm -rf $(VENV) demo runs build *.egg-info
+	rm -rf $(VENV) demo runs build site *.egg-info

@@ -52,7 +52,11 @@ def _add_commands(group: typer.core.TyperGroup, prefix: str, lines: list[str]) -
 
 def python() -> str:
     """The public functions and classes of pe_app."""
-    lines = ["# Python", "", "`import pe_app` loads neither torch nor SimpleITK; each name is imported when it is used."]
+    lines = [
+        "# Python",
+        "",
+        "`import pe_app` loads neither torch nor SimpleITK; each name is imported when it is used.",
+    ]
     for name in pe_app._HOMES:
         value = getattr(pe_app, name)
         shown = f"{name}{inspect.signature(value)}" if inspect.isfunction(value) else f"class {name}"

@@ -10,11 +10,9 @@ import logging
 import os
 import sys
 import warnings
-from functools import cached_property
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 import pe_app
 from pe_app.cli.bench import bench
@@ -31,6 +29,7 @@ from pe_app.cli.import_ import import_
 from pe_app.cli.import_dataset import import_dataset
 from pe_app.cli.import_seg import import_seg
 from pe_app.cli.label_reports import label_reports
+from pe_app.cli.lazy import StarterGroup, TrainGroup
 from pe_app.cli.machine import with_machine_options
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.others import VerbsOfOthers
@@ -39,23 +38,6 @@ from pe_app.cli.recipe import public
 from pe_app.cli.watch import watch
 from pe_app.common.errors import InputError
 from pe_app.common.memory import keep_freed_memory
-
-
-class _TrainGroup(TyperGroup):
-    """The verbs of train, imported when one of them or their help is asked for."""
-
-    @cached_property
-    def _loaded(self) -> TyperGroup:
-        from pe_app.cli.train import app as train
-
-        return typer.main.get_group(train)
-
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        return self._loaded.list_commands(ctx)
-
-    def get_command(self, ctx: typer.Context, cmd_name: str):  # type: ignore[no-untyped-def, override]
-        return self._loaded.get_command(ctx, cmd_name)
-
 
 DETECT, PREPARE, TRAIN, EVALUATE, EXCHANGE, INSTALLATION = (
     "Detect embolism",
@@ -76,7 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 train_app = typer.Typer(
-    no_args_is_help=True, cls=_TrainGroup, help="Train stage I (encoder), stage II (classifier), or both end to end."
+    no_args_is_help=True, cls=TrainGroup, help="Train stage I (encoder), stage II (classifier), or both end to end."
 )
 
 recipe_app = typer.Typer(no_args_is_help=True, help="From data to a model in one command.")
@@ -90,6 +72,8 @@ app.command(rich_help_panel=PREPARE)(phantom)
 app.add_typer(train_app, name="train", rich_help_panel=TRAIN)
 app.command(rich_help_panel=TRAIN)(with_machine_options(encode))
 recipe_app.command()(with_machine_options(public))
+starter_app = typer.Typer(no_args_is_help=True, cls=StarterGroup, help="The model that ships, in three steps.")
+recipe_app.add_typer(starter_app, name="starter")
 app.add_typer(recipe_app, name="recipe", rich_help_panel=TRAIN)
 app.command(rich_help_panel=EVALUATE)(with_machine_options(evaluate))
 app.command(rich_help_panel=EVALUATE)(with_machine_options(calibrate))

@@ -1,8 +1,8 @@
-"""The recipe of the model that ships, in three steps that each resume where they were interrupted.
+"""The verbs of recipe starter: the model that ships, in three steps that each resume if interrupted.
 
-    python -m pe_app.research.starter ingredients DATA --vessels DIR --enhanced CT ... --slices DIR --plain DIR
-    python -m pe_app.research.starter learn DATA RUN --held-out NAME ...
-    python -m pe_app.research.starter publish DATA RUN OUT --calibrate NAME ... --test NAME ...
+    pe-app recipe starter ingredients DATA --vessels DIR --enhanced CT ... --slices DIR --plain DIR
+    pe-app recipe starter learn DATA RUN --held-out NAME ...
+    pe-app recipe starter publish DATA RUN OUT --calibrate NAME ... --test NAME ...
 
 The model has never seen a real embolism, and its card says so.
 """
@@ -10,7 +10,6 @@ The model has never seen a real embolism, and its card says so.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -35,7 +34,7 @@ from pe_app.research.starter.lesson import LessonSettings, find_patients, flat_s
 from pe_app.research.starter.publish import calibrated, prepared_pairs, seen_pairs, study_probability
 from pe_app.research.starter.windows import SLICES, Patient, WindowSettings, WindowSource
 
-app = typer.Typer(no_args_is_help=True, help=__doc__, add_completion=False)
+app = typer.Typer(no_args_is_help=True, help="The model that ships, in three steps.")
 KINDS = ("drawn", "real")
 SETS = ("real_0", "real_1", "real_2", "small_0")
 """Sets of clots of each patient that calibrate or measure."""
@@ -184,8 +183,3 @@ def _write_flat(name: str, path: Path, contrast: bool, out: Path) -> None:
     arteries = bright_vessels(hu) if contrast else None
     if arteries is None or arteries.any():
         write_real(name, hu, arteries, out)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    app()
