@@ -43,7 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("winograd", "slab_encoder", "study_classifier", "losses", "detection", "candidate_places", "detector"),
         *("detect", "bundle"),
     ),
-    "annotation": ("record", "seg_nrrd", "sparse", "dicom_seg", "review"),
+    "annotation": ("record", "seg_nrrd", "sparse", "judged", "dicom_seg", "review"),
     "public_data": (
         *("found", "stored_order", "proof", "fumpe", "cadpe", "read", "rspect", "nnunet", "mask_pairs"),
         *("sets", "run"),

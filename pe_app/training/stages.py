@@ -14,8 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,9 @@ from pe_app.training.datasets import (
 from pe_app.training.loop import ItemMetrics, Schedule, derived_seed, fit
 from pe_app.training.run import TrainingRun, git_revision, utc_now
 
+Decisions = Literal["learned", "ignored"]
+"""What readers' decisions on candidates contribute: see ``EncoderTraining``."""
+
 SIDES: tuple[Split, ...] = ("train", "validation")
 LABELS: tuple[Label, ...] = ("negative", "positive")
 """Of stage II, in the order of their numbers."""
@@ -78,6 +82,9 @@ class EncoderTraining:
             ``"balanced"``: an epoch's slabs with embolism are half outlined and half not, as far as that repeats no
             slab more than four times; ``"as_listed"``: each once; ``"left_out"``: nothing. They are left out, too,
             where windows are learnt from, since a window may not hold what is not outlined [ours].
+        decisions: ``"learned"``: where a reader rejected a model's candidate, attention must not lie; these slabs, and
+            those with an embolism that the model missed, are drawn twice as often. ``"ignored"``: as if no candidate
+            had been shown [ours].
         augment: whether training slabs are changed at random; ``augmentation`` says how strongly [ours].
         augmentation: strengths, without effect where ``augment`` is off.
         schedule: of the learning rate: constant, or falling from epoch to epoch along half a cosine, which lets short
@@ -100,6 +107,7 @@ class EncoderTraining:
     attention_loss: AttentionLoss = field(default_factory=AttentionLoss)
     negative_slabs: NegativeSlabs = "mixed"
     not_outlined: NotOutlined = "balanced"
+    decisions: Decisions = "learned"
     augment: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
     schedule: Schedule = "constant"
@@ -115,6 +123,8 @@ class EncoderTraining:
             raise InputError(f"negative_slabs must be one of {', '.join(get_args(NegativeSlabs))}")
         if self.not_outlined not in get_args(NotOutlined):
             raise InputError(f"not_outlined must be one of {', '.join(get_args(NotOutlined))}")
+        if self.decisions not in get_args(Decisions):
+            raise InputError(f"decisions must be one of {', '.join(get_args(Decisions))}")
         if not 0 <= self.attention_weight < math.inf:
             raise InputError(f"attention_weight must be a number from 0 on, got {self.attention_weight}")
 
@@ -246,11 +256,10 @@ def train_encoder(
 
             patients = {study.study: study.patient for study in usable}
             sides: tuple[Dataset[SlabItem], Dataset[SlabItem]] = (train, validation)
-            order = train.balanced_order if settings.not_outlined == "balanced" else None
+            order = partial(train.epoch_order, halves=settings.not_outlined == "balanced")
             if settings.twins:
-                order = None
                 sides = TwinSlabs(train, patients), TwinSlabs(validation, patients)
-            fit(run, encoder, optimiser, sides, score, settings, order)
+            fit(run, encoder, optimiser, sides, score, settings, None if settings.twins else order)
             files = (*train.files, *validation.files)
             used = {**flat_settings(asdict(settings)), "imagenet": imagenet.name if imagenet else None}
             used["start_from"] = start_from.name if start_from else None
@@ -418,8 +427,10 @@ def prepared_slabs(
     seed = derived_seed(settings.seed, "draw", side)
     windows = settings.augment and settings.augmentation.window_cells > 0
     also = settings.not_outlined != "left_out" and not windows
+    judged = settings.decisions == "learned" and side == "train"  # the validation looks at what is known for sure
+    negatives = settings.negative_slabs
     try:
-        return prepare_slabs(here, config, cache_dir, seed, progress, settings.negative_slabs, preparation, also)
+        return prepare_slabs(here, config, cache_dir, seed, progress, negatives, preparation, also, judged)
     except InputError as error:
         raise InputError(f"{side} studies: {error}") from error
 

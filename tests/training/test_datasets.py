@@ -9,7 +9,8 @@ import pytest
 import torch
 from small_studies import CLASSIFIER, ENCODER, LUNG, SLABS, small_chest, small_studies
 
-from pe_app.annotation.sparse import ReviewedSlice, SparseAnnotation
+from pe_app.annotation.record import CandidateDecision, ReviewedSlice
+from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.cli.options import preparation
 from pe_app.common.errors import InputError
 from pe_app.common.progress import Cancelled, Progress
@@ -174,13 +175,13 @@ def test_a_negative_label_with_an_embolism_that_is_not_outlined_is_refused(studi
 )
 def test_an_epoch_is_half_outlined_as_far_as_no_slab_comes_more_than_four_times(tmp_path, outlined, others, expected):
     count = 2 * (outlined + others)
-    kind = [("target", "i1", (2, 2)), ("label", "i1"), ("slice", "<i4")]
+    kind = [("target", "i1", (2, 2)), ("label", "i1"), ("slice", "<i4"), ("hard", "u1")]
     records = np.zeros(count, kind)
     records["label"][: outlined + others] = 1
     records["target"][outlined : outlined + others] = -1
     np.save(tmp_path / "a.npy", records)
     slabs = AnnotatedSlabs([PreparedFile("a", "", tmp_path / "a.npy")])
-    orders = [slabs.balanced_order(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    orders = [slabs.epoch_order(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
         assert len(order) == count
@@ -189,6 +190,84 @@ def test_an_epoch_is_half_outlined_as_far_as_no_slab_comes_more_than_four_times(
         assert (drawn[outlined + others :] == 1).all()
         for part in (drawn[:outlined], drawn[outlined : outlined + others]):
             assert len(part) == 0 or part.max() - part.min() <= 1
+
+
+def test_hard_slabs_come_twice_as_often_as_others_of_their_kind(tmp_path):
+    kind = [("target", "i1", (2, 2)), ("label", "i1"), ("slice", "<i4"), ("hard", "u1")]
+    records = np.zeros(120, kind)
+    records["label"][:60] = 1
+    records["label"][100:] = -1
+    records["hard"][[0, 1, 70, 100]] = 1
+    np.save(tmp_path / "a.npy", records)
+    slabs = AnnotatedSlabs([PreparedFile("a", "", tmp_path / "a.npy")])
+    drawn = np.zeros(120)
+    for seed in range(300):
+        order = slabs.epoch_order(torch.Generator().manual_seed(seed))
+        assert len(order) == 120
+        assert sum(place < 60 for place in order) == 60
+        drawn += np.bincount(order, minlength=120)
+    assert drawn[[0, 1]].mean() / drawn[2:60].mean() == pytest.approx(2, rel=0.05)
+    assert drawn[[70, 100]].mean() / np.delete(drawn, [*range(60), 70, 100]).mean() == pytest.approx(2, rel=0.05)
+
+
+def decided(study: Study, folder: Path, *decisions: tuple[str, int, tuple[float, float]]) -> Study:
+    """The study with decisions on candidates at (row, column) of a slice, boxes of 30 mm."""
+    volume = read_volume(study.path)
+    annotation = SparseAnnotation.read(study.annotation) if study.annotation else SparseAnnotation.empty(volume)
+    made = tuple(
+        CandidateDecision(kind, "a" * 64, rank, tuple(volume.to_lps_mm((z, *place)).tolist()), z, (30.0, 30.0, 10.0))
+        for rank, (kind, z, place) in enumerate(decisions, start=1)
+    )
+    path = folder / f"{study.study}-decided.json"
+    replace(annotation, decisions=made).write(path, volume)
+    return replace(study, annotation=path)
+
+
+def test_a_rejected_candidate_is_a_slab_whose_place_attention_must_leave(studies, tmp_path):
+    """Rows and columns are 5 mm and a cell is 16 of them; slices 5 and 8 of the positive study are not reviewed."""
+    emboli = truth(studies[0])
+    clear = next(z for z in range(LUNG.start, LUNG.stop, 3) if not emboli[z].any())
+    unread = next(z for z in LUNG if (z - LUNG.start) % 3 == 1)
+    listed = (
+        decided(studies[0], tmp_path, ("rejected", clear, (40.0, 40.0)), ("rejected", unread, (40.0, 40.0))),
+        decided(studies[1], tmp_path, ("rejected", 12, (8.0, 8.0))),
+        *studies[2:],
+    )
+    slabs = prepare_slabs(read_sources(listed), SLABS, tmp_path / "cache", decisions=True)
+    found = {
+        (slabs.files[file].study, int(index)): (int(label), slabs[number].target)
+        for number, ((file, _), index, label) in enumerate(zip(slabs.places, slabs.slices, slabs.labels, strict=True))
+        if slabs.hard[number] and label != 1
+    }
+    assert set(found) == {("study0", clear), ("study0", unread), ("study1", 12)}
+    for place in (("study0", clear), ("study1", 12)):
+        assert found[place][0] == 0
+        assert not found[place][1].any()
+    label, target = found["study0", unread]
+    assert label == -1
+    assert target[2, 2] == 0
+    assert (target == -1).sum() == 15
+    plain = prepare_slabs(read_sources(listed), SLABS, tmp_path / "cache")
+    assert not plain.hard.any()
+    assert set(plain.labels.tolist()) == {0, 1}
+
+
+def test_an_embolism_without_an_accepted_candidate_is_a_hard_positive(studies, tmp_path):
+    emboli = truth(studies[0])
+    shown = [z for z in range(LUNG.start, LUNG.stop, 3) if emboli[z].any()]
+    place = np.argwhere(emboli[shown[0]]).mean(axis=0)
+    listed = (decided(studies[0], tmp_path, ("accepted", shown[0], tuple(place.tolist()))), *studies[1:])
+    slabs = prepare_slabs(read_sources(listed), SLABS, tmp_path / "cache", decisions=True)
+    hard = {int(index) for index, hard in zip(slabs.slices, slabs.hard, strict=True) if hard}
+    volume = read_volume(studies[0].path)
+    spacing = np.array(volume.spacing_mm)
+    centre = np.array([shown[0], *place])
+    for z in shown:
+        outlined = np.argwhere(emboli[z])
+        in_plane = np.linalg.norm((outlined - centre[1:]) * spacing[1:], axis=1).min()
+        near = abs(z - shown[0]) * spacing[0] <= 12 and in_plane <= 12
+        assert (z in hard) == (not near), z
+    assert shown[0] not in hard
 
 
 def test_a_negative_label_with_embolism_marked_is_refused(studies, tmp_path):

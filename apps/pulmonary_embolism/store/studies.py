@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -269,16 +269,10 @@ class StudyStore(LocalDatastore):
         studies = []
         for image_id in self.to_train():
             if not self.facts(image_id).reason:
-                listed = self._listed.get(image_id)
-                study = Study(
-                    study=image_id,
-                    path=self.image_path(image_id),
-                    patient=listed.patient if listed else "",
-                    label=self.label(image_id),
-                    annotation=self.labels.annotation_path(image_id),
-                    split=listed.split if listed else "",
-                )
-                studies.append(study)
+                path = self.image_path(image_id)
+                listed = self._listed.get(image_id) or Study(image_id, path)
+                label, annotation = self.label(image_id), self.labels.annotation_path(image_id)
+                studies.append(replace(listed, study=image_id, path=path, label=label, annotation=annotation))
         return tuple(studies)
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:

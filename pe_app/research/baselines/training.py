@@ -56,11 +56,12 @@ class Windows(Dataset[StudyItem]):
 
     def __init__(self, slabs: AnnotatedSlabs, planes: Mapping[str, Path], config: PENetConfig, seed: int) -> None:
         self._length = config.slices
-        self._labels = slabs.labels
+        known = np.flatnonzero(slabs.labels >= 0)  # where a candidate was rejected alone, nothing is known of the slice
+        self._labels = slabs.labels[known]
         offsets = np.random.default_rng(seed).integers(0, config.slices, len(slabs))
         self._places = [
-            (planes[slabs.files[file].image_sha256], int(slabs.slices[number]) - int(offsets[number]))
-            for number, (file, _) in enumerate(slabs.places)
+            (planes[slabs.files[slabs.places[number][0]].image_sha256], int(slabs.slices[number] - offsets[number]))
+            for number in known.tolist()
         ]
 
     def __len__(self) -> int:

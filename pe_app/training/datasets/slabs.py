@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pe_app.annotation.judged import missed_slices, rejected_places
 from pe_app.common import distributed
 from pe_app.common.errors import InputError
 from pe_app.common.files import replacing
 from pe_app.common.progress import ProgressCallback, silent
 from pe_app.ct.lungs import lung_range
-from pe_app.ct.slabs import SlabConfig, attention_target, crop_plane, slab_at
+from pe_app.ct.slabs import CropPlane, SlabConfig, attention_target, crop_plane, mask_crop, slab_at
 from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import read_volume
 from pe_app.training.datasets.cache import (
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 EMBOLISM, NONE, UNKNOWN = 1, 0, -1
 
+HARD_TIMES = 2
+"""So much more often than others a slab is drawn on which a reader corrected the model [ours]."""
+
 MOST_REPEATS = 4
 """So often at most a slab is drawn in one epoch to balance a few outlined slices with many that are not [ours]."""
 
@@ -58,7 +62,7 @@ class SlabItem(NamedTuple):
         slab: ``(slices_per_slab, crop, crop)`` float32 from 0 to 1.
         target: ``(grid, grid)`` float32: 1 on the cells that the reader's outline covers, 0 on those without embolism,
             -1 on those of which nothing is known: all cells of a slice with embolism that is not outlined.
-        label: 1 with embolism, 0 without.
+        label: 1 with embolism, 0 without, -1 where that is not known and only a candidate was rejected.
         study: which of the data set's studies it is from.
     """
 
@@ -77,22 +81,26 @@ class AnnotatedSlabs(Dataset[SlabItem]):
         files: one a study.
         labels: ``(len,)``, 1 with embolism, 0 without.
         outlined: ``(len,)``, whether the embolism of a slab is outlined; False without embolism.
+        hard: ``(len,)``, whether a reader corrected the model there: rejected its candidate, or marked an embolism that
+            it missed.
         slices: ``(len,)``, the CT slice in the middle of each slab.
         places: of each slab, the number of its file and its row in it.
     """
 
     def __init__(self, files: Sequence[PreparedFile]) -> None:
         self.files = tuple(files)
-        labels, slices, outlined, self.places = [], [], [], []
+        labels, slices, outlined, hard, self.places = [], [], [], [], []
         for number, file in enumerate(files):  # one after the other: mapped pages count as memory of this process
             records = np.load(file.path, mmap_mode="r")
             labels.append(np.array(records["label"]))
             slices.append(np.array(records["slice"]))
+            hard.append(np.array(records["hard"], dtype=bool))
             outlined.append((records["label"] == EMBOLISM) & (records["target"] != UNKNOWN).all(axis=(1, 2)))
             self.places += [(number, row) for row in range(len(records))]
         self.labels: NDArray[np.int8] = np.concatenate(labels)
         self.slices: NDArray[np.int32] = np.concatenate(slices)
         self.outlined: NDArray[np.bool_] = np.concatenate(outlined)
+        self.hard: NDArray[np.bool_] = np.concatenate(hard)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -107,21 +115,26 @@ class AnnotatedSlabs(Dataset[SlabItem]):
             torch.tensor(file),
         )
 
-    def balanced_order(self, generator: torch.Generator) -> list[int]:
+    def epoch_order(self, generator: torch.Generator, halves: bool = True) -> list[int]:
         """The slabs of one epoch in random order, as many as there are.
 
-        Those with embolism are half outlined and half not, where there are both and no slab has to be repeated more
-        than ``MOST_REPEATS`` times; those without embolism come once each.
+        Hard ones come ``HARD_TIMES`` as often as others of their kind. With ``halves``, those with embolism are half
+        outlined and half not, where there are both and no slab has to be repeated more than ``MOST_REPEATS`` times.
         """
         outlined = np.flatnonzero(self.outlined)
         others = np.flatnonzero((self.labels == EMBOLISM) & ~self.outlined)
-        if len(outlined) == 0 or len(others) == 0:
+        if not halves:
+            outlined, others = np.sort(np.concatenate([outlined, others])), outlined[:0]
+        if not self.hard.any() and (len(outlined) == 0 or len(others) == 0):
             return torch.randperm(len(self), generator=generator).tolist()
         fewer, more = sorted((outlined, others), key=len)
         total = len(fewer) + len(more)
         wanted = min(total // 2, MOST_REPEATS * len(fewer))
-        chosen = [*_cycled(fewer, wanted, generator), *_cycled(more, total - wanted, generator)]
-        chosen += np.flatnonzero(self.labels == NONE).tolist()
+        rest = np.flatnonzero(self.labels != EMBOLISM)
+        chosen: list[int] = []
+        for kind, count in ((fewer, wanted), (more, total - wanted), (rest, len(rest))):
+            often = np.concatenate([kind, *[kind[self.hard[kind]]] * (HARD_TIMES - 1)])
+            chosen += _cycled(often, count, generator)
         return [chosen[place] for place in torch.randperm(len(chosen), generator=generator).tolist()]
 
 
@@ -184,6 +197,7 @@ def prepare_slabs(
     negatives: NegativeSlabs = "mixed",
     preparation: Preparation = IN_THIS_PROCESS,
     not_outlined: bool = True,
+    decisions: bool = False,
 ) -> AnnotatedSlabs:
     """The slabs that one side of the split trains or validates on, drawn once and kept.
 
@@ -208,6 +222,9 @@ def prepare_slabs(
         negatives: where slabs without embolism come from.
         preparation: in how many processes, and in how much space.
         not_outlined: whether slices with embolism that is not outlined are used.
+        decisions: whether readers' decisions on candidates are used. A rejected candidate is a slab more, on whose
+            place attention must not lie; without embolism where its slice or study is known to have none. It and slices
+            with an embolism that the model missed are hard.
 
     Raises:
         InputError: if there is no slab of one kind, a study cannot be used, or there is no room.
@@ -215,7 +232,13 @@ def prepare_slabs(
     if negatives not in get_args(NegativeSlabs):
         raise ValueError(f"negatives must be one of {', '.join(get_args(NegativeSlabs))}, got {negatives!r}")
     positive = [_embolism_targets(source, config, not_outlined) for source in sources]
-    none = [_reviewed(source, "none") for source in sources]
+    judged = [
+        _Judged.of(source, config, not_outlined) if decisions and source.judged else _Judged() for source in sources
+    ]
+    none = [
+        [index for index in _reviewed(source, "none") if index not in more.rejected]
+        for source, more in zip(sources, judged, strict=True)
+    ]
     drawn_from = [source.study.label == "negative" for source in sources]
     wanted = sum(map(len, positive))
     if wanted == 0:
@@ -239,13 +262,14 @@ def prepare_slabs(
         negative = [index for index in none[number] if (number, index) in kept]
         matched = random[number] if negatives == "matched" else (random[number] + 1) // 2
         at = tuple(round(float(height), 3) for height in islice(heights, matched))
-        wish = _Wish(positive[number], negative, random[number], _reviewed(source, "uncertain"), seed, at)
-        if wish.positive or wish.negative or wish.random:
+        uncertain = _reviewed(source, "uncertain")
+        wish = _Wish(positive[number], negative, random[number], uncertain, seed, at, judged[number])
+        if wish.positive or wish.negative or wish.random or wish.judged.rejected:
             entries.append(_SlabEntry.of(source, wish, config, cache_dir))
     files = prepare("prepare slabs", entries, _SlabEntry.make, lambda _, file, __: file, preparation, progress)
 
     slabs = AnnotatedSlabs([file for file in files if file is not None])
-    if slabs.labels.all():
+    if not (slabs.labels == NONE).any():
         raise InputError(
             f"no slice without embolism in {len(sources)} studies: add studies with the label 'negative', or mark "
             "slices 'none'"
@@ -253,6 +277,49 @@ def prepare_slabs(
     if 2 * wanted > len(slabs):
         logger.warning("%d slabs with embolism, but only %d without: add studies", wanted, len(slabs) - wanted)
     return slabs
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """What readers' decisions on candidates add: label and target of slabs by slice, and slices that were missed."""
+
+    rejected: Mapping[int, tuple[int, NDArray[np.int8]]] = field(default_factory=dict)
+    missed: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, source: StudySource, config: SlabConfig, not_outlined: bool) -> _Judged:
+        annotation = source.annotation()
+        if annotation is None:
+            return cls()
+        volume = read_volume(source.study.path)
+        plane = crop_plane(volume, config) if config.pixel_mm else None
+        rejected = {}
+        for index, place in rejected_places(annotation, volume).items():
+            if index in annotation.masks:  # attention outside of the outline is pressed away already
+                continue
+            state = annotation.state(index)
+            free = source.study.label == "negative" or state == "none"
+            target = np.full((config.grid, config.grid), NONE if free else UNKNOWN, np.int8)
+            target[_covered_cells(place, config, plane)] = NONE
+            label = NONE if free else EMBOLISM if state == "embolism" and not_outlined else UNKNOWN
+            rejected[index] = label, target
+        return cls(rejected, missed_slices(annotation, volume))
+
+    def key(self) -> list[object]:
+        """Identity; empty where there is nothing."""
+        places = {index: [label, _sha256(target)] for index, (label, target) in self.rejected.items()}
+        return [places, list(self.missed)] if places or self.missed else []
+
+
+def _covered_cells(place: NDArray[np.bool_], config: SlabConfig, plane: CropPlane | None) -> NDArray[np.bool_]:
+    """The cells of the attention map that a place covers by a quarter or more, at least one where it is in the crop.
+
+    Not the wider target of an outline: the next cell may hold an embolism.
+    """
+    side = config.crop // config.grid
+    shares = mask_crop(place, config, plane).reshape(config.grid, side, config.grid, side).mean(axis=(1, 3))
+    cells: NDArray[np.bool_] = (shares > 0) & (shares >= min(0.25, float(shares.max())))
+    return cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,14 +335,24 @@ class _Wish:
     uncertain: Sequence[int]
     seed: int
     heights: tuple[float, ...] = ()
+    judged: _Judged = field(default_factory=_Judged)
+
+    def known(self) -> dict[int, tuple[int, NDArray[np.int8]]]:
+        """Label and target of the slices that a reader marked with embolism, or on which a candidate was rejected."""
+        marked = {index: (EMBOLISM, target) for index, target in self.positive.items()}
+        return {**marked, **self.judged.rejected}
 
     def key(self, config: SlabConfig) -> str:
         """Identity of the slabs that this wish gives for one image."""
-        targets = {index: hashlib.sha256(target.tobytes()).hexdigest() for index, target in self.positive.items()}
+        targets = {index: _sha256(target) for index, target in self.positive.items()}
         uncertain = self.uncertain if self.random else ()
         seed = self.seed if self.random else 0
-        wish = [targets, *map(list, (self.negative, uncertain)), self.random, seed, *self.heights]
+        wish = [targets, *map(list, (self.negative, uncertain)), self.random, seed, *self.heights, *self.judged.key()]
         return hashlib.sha256(json.dumps([wish, asdict(config)]).encode()).hexdigest()
+
+
+def _sha256(target: NDArray[np.int8]) -> str:
+    return hashlib.sha256(target.tobytes()).hexdigest()
 
 
 def _embolism_targets(source: StudySource, config: SlabConfig, not_outlined: bool) -> dict[int, NDArray[np.int8]]:
@@ -334,9 +411,10 @@ class _SlabEntry(Entry):
             ("target", "i1", (config.grid, config.grid)),
             ("label", "i1"),
             ("slice", "<i4"),
+            ("hard", "u1"),
         ]
         dtype = np.dtype(fields)
-        nbytes = dtype.itemsize * (len(wish.positive) + len(wish.negative) + wish.random)
+        nbytes = dtype.itemsize * (len(wish.known()) + len(wish.negative) + wish.random)
         return cls(source, cache_dir, wish.key(config), dtype, None, nbytes, wish, config)
 
     def make(self) -> PreparedFile:
@@ -351,14 +429,17 @@ class _SlabEntry(Entry):
         wish = self.wish
         negative = [*wish.negative, *_random_slices(volume, wish, int(self.key, 16))]
         with replacing(file.path) as temporary:
-            count = len(wish.positive) + len(negative)
-            records = np.lib.format.open_memmap(temporary, "w+", self.dtype, (count,))  # type: ignore[no-untyped-call]
-            wanted = [*((index, EMBOLISM) for index in wish.positive), *((index, NONE) for index in negative)]
-            for record, (index, label) in zip(records, wanted, strict=True):
+            nothing = np.full((self.config.grid, self.config.grid), NONE, np.int8)
+            wanted = [*wish.known().items(), *((index, (NONE, nothing)) for index in negative)]
+            records = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                temporary, "w+", self.dtype, (len(wanted),)
+            )
+            for record, (index, (label, target)) in zip(records, wanted, strict=True):
                 record["slab"] = slab_at(volume, index, self.config)
-                record["target"] = wish.positive[index] if label == EMBOLISM else 0
+                record["target"] = target
                 record["label"] = label
                 record["slice"] = index
+                record["hard"] = index in wish.judged.missed or index in wish.judged.rejected
             records.flush()
         return file
 
@@ -368,7 +449,7 @@ def _random_slices(volume: Volume, wish: _Wish, seed: int) -> list[int]:
     if not wish.random:
         return []
     lung = lung_range(volume)
-    taken = {*wish.negative, *wish.uncertain}
+    taken = {*wish.negative, *wish.uncertain, *wish.judged.rejected}
     free = [index for index in range(lung.first, lung.last + 1) if index not in taken]
     chosen: list[int] = []
     for height in wish.heights[: len(free)]:

@@ -31,12 +31,14 @@ class StudySource:
         files_sha256: of the bytes of its image files; knows that an image is the same without decoding it.
         reviewed: its reviewed slices; None for a label-only study.
         annotation_sha256: identity of the reviewed slices and their outlines; empty for a label-only study.
+        judged: whether readers decided on candidates of a model.
     """
 
     study: Study
     files_sha256: str
     reviewed: tuple[ReviewedSlice, ...] | None = None
     annotation_sha256: str = ""
+    judged: bool = False
 
     @classmethod
     def read(cls, study: Study, files_sha256: str) -> StudySource:
@@ -44,7 +46,7 @@ class StudySource:
         annotation = _annotation(study)
         if annotation is None:
             return cls(study, files_sha256)
-        return cls(study, files_sha256, annotation.slices, _identity(annotation))
+        return cls(study, files_sha256, annotation.slices, _identity(annotation), bool(annotation.decisions))
 
     def annotation(self) -> SparseAnnotation | None:
         """The reviewed slices with their outlines, read now.
