@@ -107,7 +107,8 @@ def _one(
     from pe_app.ct.volume_io import read_volume
     from pe_app.model.detector import DetectionResult
     from pe_app.results.batch import Finished
-    from pe_app.results.result_files import verdict, write_result
+    from pe_app.results.result_files import write_result
+    from pe_app.results.words import verdict
 
     volume = None
     try:

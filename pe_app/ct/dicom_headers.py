@@ -39,8 +39,9 @@ _LOSSY_SYNTAXES = {
 _LOSSY_METHODS = {"ISO_10918_1": "JPEG", "ISO_14495_1": "JPEG-LS near-lossless", "ISO_15444_1": "JPEG 2000"}
 _HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID",
-    "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "Rows", "Columns", "SamplesPerPixel",
-    "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
+    "SeriesNumber", "InstanceNumber", "SeriesDescription", "Modality", "ImageType", "Rows", "Columns",
+    "SamplesPerPixel", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "SliceThickness",
     "RescaleSlope", "RescaleIntercept", "LossyImageCompression", "LossyImageCompressionMethod",
     "LossyImageCompressionRatio", "ConcatenationUID", "InConcatenationTotalNumber", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "AccessionNumber", "StudyDate", "AcquisitionNumber",
@@ -67,6 +68,7 @@ class SliceHeader:
         thickness_mm: Slice Thickness; NaN where it is missing.
         slope, intercept: to HU; NaN where they are missing.
         lossy: how it was compressed with loss; empty where it was not.
+        instance_number: Instance Number; None where it is missing.
         part_of: Concatenation UID where the series is torn into several enhanced files.
         accession: Accession Number.
         date: Study Date as 2026-01-31; empty where it is missing or none.
@@ -103,6 +105,7 @@ class SliceHeader:
     temporal: str
     time: str
     unreadable: tuple[str, ...]
+    instance_number: int | None = None
 
     @property
     def localizer(self) -> bool:
@@ -220,6 +223,7 @@ def _header(path: Path, header: pydicom.Dataset, place: pydicom.Dataset, frame: 
         slope=_number(place, "RescaleSlope"),
         intercept=_number(place, "RescaleIntercept"),
         lossy=_lossy(header),
+        instance_number=None if (number := _whole(header, "InstanceNumber", -1)) < 0 else number,
         part_of=str(header.get("ConcatenationUID") or "") if header.get("InConcatenationTotalNumber") != 1 else "",
         accession=str(header.get("AccessionNumber") or ""),
         date=f"{day[:4]}-{day[4:6]}-{day[6:]}" if re.fullmatch(r"[12]\d{7}", day) else "",

@@ -268,6 +268,7 @@ def _source(stack: Stack, root: Path, neighbours: int) -> SourceSeries:
                 tuple(one.position_mm.tolist()),
                 None if one.frame is None else one.frame + 1,
                 Path(os.path.relpath(one.path, root)).as_posix(),
+                one.instance_number,
             )
             for one in stack.slices
         ),

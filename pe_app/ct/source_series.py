@@ -75,12 +75,14 @@ class SourceInstance:
         position_mm: Image Position (Patient).
         frame: frame number from 1 in a multi-frame file; None in a file of one slice.
         file: where it was read, below ``SourceSeries.root``.
+        number: Instance Number (0020,0013), what a PACS shows; None where it is missing.
     """
 
     sop_instance_uid: str
     position_mm: tuple[float, float, float]
     frame: int | None = None
     file: str = ""
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,31 @@ class SourceSeries:
     facts: SeriesFacts = field(default_factory=SeriesFacts)
     image_sha256: str = ""
     pseudonyms: bool = False
+
+    @property
+    def series_number(self) -> int | None:
+        """Series Number; None where it is missing."""
+        text = self._text("00200011")
+        return int(text) if text.isdigit() else None
+
+    @property
+    def instance_numbers(self) -> tuple[int, ...]:
+        """What a PACS shows as the number of every slice; empty where one is missing or used twice."""
+        numbers = tuple(one.number if one.frame is None else one.frame for one in self.instances)
+        found = tuple(number for number in numbers if number is not None)
+        return found if len(set(found)) == len(numbers) else ()
+
+    @property
+    def patient_study(self) -> tuple[str, str, str]:
+        """Patient ID, accession number and study date as in the headers; empty after de-identification."""
+        if self.pseudonyms:
+            return "", "", ""
+        return self.patient_id, self._text("00080050"), self._text("00080020")
+
+    def _text(self, tag: str) -> str:
+        element = self.header.get(tag)
+        values = element.get("Value") if isinstance(element, Mapping) else None
+        return str(values[0]) if isinstance(values, list) and values else ""
 
     def datasets(self) -> list[Dataset]:
         """The source instances as headers without pixels, in slice order: what highdicom calls source images.

@@ -18,7 +18,7 @@ from pe_app.ct.volume_io import read_volume, resample_like
 from pe_app.evaluation.evaluate import MODEL, ModelEvaluation, Prediction
 from pe_app.evaluation.predictions import PredictionFile
 from pe_app.evaluation.study_localisation import Look, StudyTruth, read_truth
-from pe_app.results.result_files import PE_WINDOW_HU
+from pe_app.results.pictures import PE_WINDOW_HU
 
 PER_KIND = 3
 """Studies of each kind that are pictured."""

@@ -118,16 +118,36 @@ class ExtentEstimate:
 
 @dataclass(frozen=True)
 class ImageIdentity:
-    """Which voxels were analysed: size (slices, rows, columns), spacing likewise, SHA-256 of the voxels."""
+    """Which voxels were analysed.
+
+    Attributes:
+        size: slices, rows, columns.
+        spacing_mm: likewise.
+        sha256: of the voxels.
+        series_number: Series Number of its DICOM series; None where it has none.
+        instance_numbers: Instance Number, or frame number, of every slice from the feet to the head; empty where
+            they are not known.
+    """
 
     size: tuple[int, int, int]
     spacing_mm: Point
     sha256: str
+    series_number: int | None = None
+    instance_numbers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, volume: Volume) -> ImageIdentity:
         """The identity of a CT."""
-        return cls(volume.shape, volume.spacing_mm, volume.sha256)
+        source = volume.source
+        series, instances = (source.series_number, source.instance_numbers) if source else (None, ())
+        return cls(volume.shape, volume.spacing_mm, volume.sha256, series, instances)
+
+    def slice_name(self, slice_index: int) -> str:
+        """What a slice is called: as a PACS does where it came from one, else by its place from the feet."""
+        if slice_index < len(self.instance_numbers):
+            series = "" if self.series_number is None else f"series {self.series_number}, "
+            return f"{series}image {self.instance_numbers[slice_index]}"
+        return f"slice {slice_index + 1} of {self.size[0]} from the feet"
 
 
 @dataclass(frozen=True)

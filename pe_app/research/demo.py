@@ -29,7 +29,8 @@ from pe_app.ct.volume_io import read_volume, volume_from_image, write_volume
 from pe_app.model.detection import NOTICE, Detection
 from pe_app.model.detector import DetectionResult
 from pe_app.phantom import PhantomConfig, make_phantom
-from pe_app.results.result_files import verdict, write_result
+from pe_app.results.result_files import write_result
+from pe_app.results.words import verdict
 
 SERVER_START_S = 180.0
 DETECTION_S = 300.0

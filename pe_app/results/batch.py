@@ -32,7 +32,8 @@ from pe_app.model.detector import DetectionResult, Detector
 from pe_app.results.find_studies import BatchStudy
 from pe_app.results.ledger import BEGUN, TABLE, Begun, Ledger
 from pe_app.results.outcome import RESULTS, Outcome
-from pe_app.results.result_files import strongest_slices, write_result
+from pe_app.results.pictures import strongest_slices
+from pe_app.results.result_files import write_result
 from pe_app.results.worklist_page import worklist_page
 
 log = logging.getLogger(__name__)
@@ -285,8 +286,13 @@ class _Batch:
         return self._stamped(opened, Outcome(opened.study.study, "failed", _without_path(message, opened.study)))
 
     def _stamped(self, opened: _Opened, outcome: Outcome) -> Outcome:
+        source = opened.volume.source if opened.volume is not None else None
+        patient, accession, study_date = source.patient_study if source else ("", "", "")
         return replace(
             outcome,
+            patient=patient,
+            accession=accession,
+            study_date=study_date,
             fingerprint=opened.study.fingerprint,
             settings=self._settings(opened.study),
             date=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from pe_app.common.errors import InputError
 from pe_app.common.files import append_durably, write_durably
 from pe_app.common.schema import json_text
+from pe_app.model.detection import Candidate, Detection
 from pe_app.results.find_studies import BatchStudy
 from pe_app.results.outcome import RESULTS, Outcome
 
@@ -23,10 +24,10 @@ BEGUN = ".begun.json"
 """Studies that a run began and did not end: what the process died of may be among them."""
 COLUMNS = (
     *("study", "status", "probability", "positive", "message", "problem", "reasons", "place", "slice", "z_mm"),
-    *("size_mm", "candidates", "extent_estimate_ml", "model", "version", "trained", "model_sha256", "image_sha256"),
-    *("seconds", "date", "folder"),
+    *("attention_mm", "candidates", "extent_estimate_ml", "model", "version", "trained", "model_sha256"),
+    *("image_sha256", "seconds", "date", "folder", "patient", "accession", "study_date"),
 )
-"""Of results.csv; place, slice, z_mm and size_mm are the strongest candidate's."""
+"""Of results.csv; place, slice, z_mm and attention_mm are the strongest candidate's."""
 
 
 class Ledger:
@@ -131,13 +132,20 @@ def _cells(outcome: Outcome) -> tuple[object, ...]:
         *(outcome.study, outcome.status, detection.probability if detection else None),
         *(detection.positive if detection else None, outcome.message, outcome.problem),
         " ".join(reason.code for reason in detection.reasons) if detection else None,
-        *((first.place, first.slice_index, first.z_mm, first.size_mm) if first else (None,) * 4),
+        *_place(detection, first),
         len(detection.candidates) if detection and detection.status == "analysed" else None,
         extent.volume_ml if extent else None,
         *((model.name, model.version, model.trained, model.sha256) if model else (None,) * 4),
         detection.image.sha256 if detection else None,
-        *(outcome.seconds, outcome.date, outcome.folder),
+        *(outcome.seconds, outcome.date, outcome.folder, outcome.patient, outcome.accession, outcome.study_date),
     )
+
+
+def _place(detection: Detection | None, candidate: Candidate | None) -> tuple[object, ...]:
+    if detection is None or candidate is None:
+        return (None,) * 4
+    name = detection.image.slice_name(candidate.slice_index)
+    return candidate.place, name, candidate.z_mm, candidate.size_mm
 
 
 def _csv_lines(rows: Iterable[Iterable[object]]) -> bytes:

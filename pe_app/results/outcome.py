@@ -33,6 +33,8 @@ class Outcome:
         date: when it was done, ISO 8601 UTC.
         seconds: of reading, analysing and writing; reading goes on beside the study before it.
         known: done by an earlier run and not again.
+        patient, accession, study_date: Patient ID, accession number and study date (YYYYMMDD) of a DICOM study; empty
+            where they are not known and after de-identification.
     """
 
     study: str
@@ -47,6 +49,14 @@ class Outcome:
     date: str = ""
     seconds: float = 0.0
     known: bool = False
+    patient: str = ""
+    accession: str = ""
+    study_date: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Patient, accession number and date in words; empty where none is known."""
+        return identity_words(self.patient, self.accession, self.study_date)
 
     @property
     def not_clinical(self) -> str:
@@ -72,6 +82,13 @@ class Outcome:
             InputError: naming the first value that is not as it must be, or a schema that is not known.
         """
         return RESULT.read(payload)
+
+
+def identity_words(patient: str, accession: str, study_date: str) -> str:
+    """``Patient P1, accession A1, 2026-01-02``; what is empty is left out."""
+    day = study_date if len(study_date) != 8 else f"{study_date[:4]}-{study_date[4:6]}-{study_date[6:]}"
+    parts = (f"Patient {patient}" if patient else "", f"accession {accession}" if accession else "", day)
+    return ", ".join(part for part in parts if part)
 
 
 RESULT = Schema(Outcome, "pe-result", 1, left_out=("known",), nested={"detection": DETECTION})  # type: ignore[dict-item]

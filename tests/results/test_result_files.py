@@ -12,7 +12,10 @@ from pe_app.ct.quality import Reason
 from pe_app.ct.volume import Volume, axial_affine
 from pe_app.model.detection import Candidate, Detection, Evidence, ExtentEstimate, ImageIdentity, ModelIdentity
 from pe_app.model.detector import DetectionResult
-from pe_app.results.result_files import APART_MM, review_page, strongest_slices, thumbnails, verdict, write_result
+from pe_app.results.pictures import APART_MM, strongest_slices, thumbnails
+from pe_app.results.result_files import write_result
+from pe_app.results.study_page import study_page
+from pe_app.results.words import verdict
 
 VOLUME = Volume(np.full((40, 32, 32), -1000, np.int16), axial_affine((4.0, 10.0, 10.0)))
 
@@ -104,11 +107,11 @@ def test_the_page_says_side_level_and_size_and_names_the_extent_an_estimate():
         detection(candidates=(10,)).candidates[0],
         size_mm=22.0, slices=(8, 12), volume_ml=1.5, side="left", level="peripheral",
     )  # fmt: skip
-    page = review_page(
-        replace(detection(), candidates=(placed,), extent_estimate=ExtentEstimate(1.5, 0.06)), b"png", "study"
-    )
-    assert "left, peripheral" in page
-    assert "8 to 12" in page
+    found = replace(detection(), candidates=(placed,), extent_estimate=ExtentEstimate(1.5, 0.06))
+    page = study_page(DetectionResult(found, None), VOLUME, "study")
+    assert "left, segmental artery or beyond" in page
+    assert "region of attention 22 mm" in page
+    assert "slice 9 of 40 from the feet to slice 13 of 40 from the feet" in page
     assert "Extent estimate" in page
     assert "Not a clot burden" in page
 
@@ -127,6 +130,6 @@ def test_no_name_breaks_the_page(hostile):
             self.text += data
 
     page = Tags()
-    page.feed(review_page(detection(name=hostile), b"png", hostile))
+    page.feed(study_page(DetectionResult(detection(name=hostile), None), None, hostile))
     assert not any(tag == "script" or onerror for tag, onerror in page.seen)
     assert hostile in page.text

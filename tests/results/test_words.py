@@ -15,7 +15,8 @@ from test_worklist_page import CONTRAST, DEMO, UNTRAINED, Page, analysed, failed
 from pe_app.ct.volume import Volume, axial_affine
 from pe_app.model.detector import DetectionResult
 from pe_app.results.dicom import detection_objects
-from pe_app.results.result_files import review_page, write_result
+from pe_app.results.result_files import write_result
+from pe_app.results.study_page import study_page
 from pe_app.results.worklist_page import worklist_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,7 @@ def with_reasons(*reasons):
 
 @MODELS
 def test_no_page_calls_what_a_model_reports_a_finding(reasons):
-    study = Page(review_page(with_reasons(*reasons), b"png", "study")).words
+    study = Page(study_page(DetectionResult(with_reasons(*reasons), None), VOLUME, "study")).words
     outcomes = [analysed("a", 0.97, *reasons), analysed("b", 0.2, *reasons), analysed("c", None, CONTRAST), failed("d")]
     worklist = Page(worklist_page(outcomes, Path("nowhere"))).words
     for words in (study, worklist):

@@ -114,7 +114,7 @@ def test_numbers_of_a_model_that_knows_nothing_are_marked_at_the_top_and_at_ever
 
 def test_where_to_look_is_told_with_side_level_and_size():
     page = Page(worklist_page([analysed("a", 0.97)], Path("nowhere")))
-    assert "slice 38, left, peripheral, 22 mm" in page.words
+    assert "slice 39 of 40 from the feet, left, peripheral" in page.words
     assert "Extent estimate 2 ml" in page.words
     assert "not a clot burden" in page.words
 
@@ -133,7 +133,7 @@ def test_the_page_holds_its_pictures_and_loads_nothing(tmp_path):
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(sources) == 1
     assert sources[0].startswith("data:image/jpeg;base64,")
-    assert "slice 38" in page.words
+    assert "slice 39 of 40" in page.words
     assert not re.search(r"(src|href)=\"(https?:)?//", text)
     assert not re.search(r"url\(|@import", text)
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]

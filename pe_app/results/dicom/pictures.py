@@ -23,7 +23,8 @@ from pe_app.model.detection import CANDIDATE_THRESHOLD, NOTICE, Detection
 from pe_app.model.detector import DetectionResult
 from pe_app.results.dicom.origin import FIRST_SERIES_NUMBER, Origin, derived_uid, describe, equipment
 from pe_app.results.dicom.report import has_numbers
-from pe_app.results.result_files import PE_WINDOW_HU, strongest_slices, verdict
+from pe_app.results.pictures import PE_WINDOW_HU, strongest_slices
+from pe_app.results.words import verdict
 
 SIDE = 512
 """Pixels of a picture, as of a CT: no viewer has to shrink it, and its letters stay readable."""
@@ -102,7 +103,15 @@ def _overlaid(result: DetectionResult, volume: Volume) -> Iterator[tuple[NDArray
         nearest = min(detection.evidence, key=lambda slab: abs(slab.slice_index - slice_index))
         z_mm = volume.slice_z_mm[slice_index]
         _banner(figure, detection)
-        _write(figure, 0.02, 0.03, f"z {z_mm:.1f} mm, slab probability {nearest.probability:.2f}", _INK, "bottom")
+        lines = (
+            f"{detection.image.slice_name(slice_index)}, z {z_mm:.1f} mm",
+            f"slab probability {nearest.probability:.2f}, W {high - low} L {(high + low) // 2}",
+        )
+        _write(figure, 0.02, 0.03, "\n".join(lines), _INK, "bottom")
+        bar = 50 / volume.spacing_mm[2]
+        end, level = 0.97 * volume.shape[2], 0.965 * volume.shape[1]
+        axes.plot((end - bar, end), (level, level), color=_INK, linewidth=2)
+        _write(figure, 0.9, 0.045, "5 cm", _INK, "bottom")
         _write(figure, 0.02, 0.5, "R", _INK, "center")
         _write(figure, 0.965, 0.5, "L", _INK, "center")
         yield _pixels(figure), slice_index
