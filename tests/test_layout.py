@@ -52,7 +52,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("outcome", "find_studies", "ledger", "words", "pictures", "rendering", "review_picture", "study_page"),
         *("result_files", "worklist_page", "published_schemas", "batch", "arrivals", "dicom"),
     ),
-    "evaluation": ("roc", "localisation", "study_localisation", "predictions", "evaluate", "pictures", "report"),
+    "evaluation": (
+        "roc",
+        "localisation",
+        "study_localisation",
+        "predictions",
+        "evaluate",
+        "pictures",
+        "report",
+        "agreement",
+    ),
     "training": ("datasets", "run", "loop", "stages", "fine_tuning", "calibration"),
     "phantom": (
         *("anatomy", "vessels", "raster", "emboli", "scan", "painting"),
@@ -69,7 +78,7 @@ READING_ORDER = tuple((room, *module) for room, modules in ROOMS.items() for mod
 APP = ROOT / "apps" / "pulmonary_embolism"
 APP_ORDER = (
     *("compat", "store.checks", "store.history", "store.index", "store.images", "store.labels", "store.studies"),
-    *("store.archive", "store.models"),
+    *("store.archive", "store.models", "store.reads"),
     *("server.limits", "server.access", "server.blinding", "server.audit", "server.permissions", "server.middleware"),
     "server.listen",
     *("tasks.detection", "tasks.worklist", "tasks.training_process", "tasks.training_queue", "app"),

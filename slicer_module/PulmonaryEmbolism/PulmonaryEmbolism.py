@@ -30,6 +30,28 @@ class PulmonaryEmbolism(ScriptedLoadableModule):
             "your annotations go to it; nothing is sent anywhere else. Research use only, not for diagnosis."
         )
         parent.acknowledgementText = _("Built on 3D Slicer and MONAI Label.")
+        slicer.app.connect("startupCompleted()", register_sample_data)
+
+
+SAMPLES = "https://github.com/pe-app/pe-app/releases/download/sample-data/"
+"""Made by: pe-app phantom --studies 2 --seed 1 --matrix 128 --spacing-mm 5 --out sample"""
+
+
+def register_sample_data():
+    """Two simulated studies, with and without emboli, in Slicer's Sample Data module."""
+    import SampleData
+
+    icon = pathlib.Path(__file__).parent / "Resources" / "Icons" / "PulmonaryEmbolism.png"
+    for number, what in ((1, _("with emboli")), (2, _("without emboli"))):
+        SampleData.SampleDataLogic.registerCustomSampleDataSource(
+            category="PulmonaryEmbolism",
+            sampleName=f"PulmonaryEmbolismPhantom{number}",
+            sampleDescription=_("Simulated chest CT {what}").format(what=what),
+            thumbnailFileName=str(icon),
+            uris=f"{SAMPLES}phantom_1_{number - 1:04d}.nrrd",
+            fileNames=f"PulmonaryEmbolismPhantom{number}.nrrd",
+            nodeNames=f"PulmonaryEmbolismPhantom{number}",
+        )
 
 
 class PulmonaryEmbolismWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):

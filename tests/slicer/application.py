@@ -32,11 +32,14 @@ class Application:
         self.headless = headless.instance()
         self.messages: list[str] = []
         self.off_main: list[str] = []
+        self.at_startup: list = []
         self.window = QtWidgets.QMainWindow()
         slicer.qMRMLWidget = pythonqt.qMRMLWidget
         self.manager = _LayoutManager(self.headless)
         slicer.app = types.SimpleNamespace(
-            layoutManager=lambda: self.manager, processEvents=QtWidgets.QApplication.processEvents
+            layoutManager=lambda: self.manager,
+            connect=self._connect,
+            processEvents=QtWidgets.QApplication.processEvents,
         )
         util = types.ModuleType("slicer.util")
         util.VTKObservationMixin = _ObservationMixin
@@ -87,6 +90,12 @@ class Application:
         if threading.current_thread() is not threading.main_thread():
             self.off_main.append(text)
         return text
+
+    def _connect(self, signature: str, handler) -> None:
+        """Slicer's application has started already when a module is loaded here: tests call the handlers."""
+        if signature != "startupCompleted()":
+            raise AttributeError(f"the application has no signal {signature}")
+        self.at_startup.append(handler)
 
     def settle(self, milliseconds: int = 30) -> None:
         """Let the event loop run."""

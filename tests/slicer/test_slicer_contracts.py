@@ -14,7 +14,7 @@ ROOT = MODULE.parents[1]
 LIBRARY = MODULE / "PulmonaryEmbolismLib"
 PANEL = sorted([LIBRARY / "widget.py", *LIBRARY.glob("panel/*.py")])
 FILES = sorted([MODULE / "PulmonaryEmbolism.py", *LIBRARY.rglob("*.py")])
-BUNDLED = {"numpy", "requests", "vtk", "slicer", "qt", "PulmonaryEmbolismLib"}
+BUNDLED = {"numpy", "requests", "vtk", "slicer", "qt", "PulmonaryEmbolismLib", "SampleData"}
 
 
 def tree(path):

@@ -744,6 +744,18 @@ def test_arrow_keys_in_the_lists_go_there(desk):
     assert desk.slice == 12
 
 
+def test_two_phantoms_are_registered_in_sample_data(desk, monkeypatch):
+    import sys
+
+    registered = []
+    logic = types.SimpleNamespace(registerCustomSampleDataSource=lambda **source: registered.append(source))
+    monkeypatch.setitem(sys.modules, "SampleData", types.SimpleNamespace(SampleDataLogic=logic))
+    desk.app.at_startup[-1]()
+    assert [source["sampleName"] for source in registered] == ["PulmonaryEmbolismPhantom1", "PulmonaryEmbolismPhantom2"]
+    assert all(Path(source["thumbnailFileName"]).is_file() for source in registered)
+    assert all(source["uris"].startswith("https://github.com/") for source in registered)
+
+
 def test_reload_drops_the_library(desk):
     import sys
 
@@ -1554,10 +1566,9 @@ def test_pictures_of_a_simulated_study_with_a_made_up_detection(desk):
     desk.paint(middle, emboli[middle])
     desk.ui.candidatesTable.selectRow(0)
     desk.panel.detecting.go_to_candidate()
-    desk.panel.session.decide(
-        desk.panel.detecting.detection.candidates[0], "accepted", desk.panel.detecting.detection.model.sha256
-    )
-    desk.panel.detecting.show_candidates()
+    detection = desk.panel.detecting.detection
+    first = detection.candidates[0]
+    desk.panel.annotate.edit(lambda session: session.decide(first, "accepted", detection.model.sha256))
     desk.ui.saveButton.click()
     desk.idle()
     view.node.SetFieldOfView(*(0.62 * n for n in view.node.GetFieldOfView()[:2]), 1)

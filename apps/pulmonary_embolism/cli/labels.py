@@ -52,6 +52,28 @@ def show_label(
         typer.echo(f"Written to {target}")
 
 
+@app.command("agreement")
+def agreement(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDIES...", help="Folders that are served: one where "
+                                                  "several readers read, or one for each reader, with the same "
+                                                  "studies.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Page of HTML with the same table.")] = None,
+) -> None:  # fmt: skip
+    """How readers agree: kappa of study labels and of slices, overlap of outlines, for every pair of readers."""
+    stores = [open_store(folder) for folder in studies]
+    from pe_app.common.files import write_durably
+    from pe_app.evaluation.agreement import COLUMNS, agreement_cells, agreement_page, compare_readers
+    from pe_monailabel.store.reads import reads_of
+
+    pairs = compare_readers(read for store in stores for read in reads_of(store))
+    if not pairs:
+        raise InputError("no two readers have read the same study here; there is nothing to compare")
+    for row in [COLUMNS, *(agreement_cells(pair) for pair in pairs)]:
+        typer.echo("  ".join(f"{word:>13}" if place else f"{word:<24}" for place, word in enumerate(row)))
+    if out is not None:
+        write_durably(out, agreement_page(pairs))
+
+
 @app.command("restore")
 def restore_label(
     studies: StudiesFolder,
