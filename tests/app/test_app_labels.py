@@ -246,14 +246,3 @@ def test_the_interface_describes_history_models_and_trainings(server):
     }.items():
         assert paths[path][method]["summary"]
         assert paths[path][method]["description"]
-
-
-def test_the_agreement_of_two_readers_is_a_table_and_a_page(server, save, tmp_path):
-    save("two", [6, 10], "ann")
-    save("two", [6, 10, 14], "bo")
-    for reader, word in (("ann", "positive"), ("bo", "negative")):
-        put_label(server, "two", word, reader)
-    answer = command("agreement", server.studies, "--out", tmp_path / "agreement.html")
-    line = next(line for line in answer.splitlines() if line.startswith("ann and bo"))
-    assert line.split()[3:6] == ["1", "0", "0.00"]
-    assert "ann and bo" in (tmp_path / "agreement.html").read_text()
