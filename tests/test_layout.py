@@ -65,7 +65,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": ("datasets", "run", "loop", "stages", "fine_tuning", "calibration"),
     "phantom": (
         *("anatomy", "vessels", "raster", "emboli", "scan", "painting"),
-        *("trees", "clots", "chest", "rendering", "tree_studies", "studies"),
+        *("trees", "clots", "chest", "rendering", "tree_studies", "studies", "dicom"),
     ),
     "research": ("benchmark", "baselines", "comparison", "demo", "bench", "starter", "public_recipe"),
     "cli": (),

@@ -59,13 +59,18 @@ def phantom(
             "studies of these trees, deformed at random, with clots of real size."
         ),
     ] = None,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Also write every study as DICOM in OUT/dicom, and OUT/reports.csv.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
 ) -> None:
     """Simulated enhanced chest CT with emboli of known place, annotated as a reader would, and their study list."""
     import os
 
     from pe_app.phantom import PhantomConfig, write_phantom_studies
+    from pe_app.phantom.dicom import write_dicom_studies
     from pe_app.research.benchmark import BenchmarkConfig, write_benchmark
+    from pe_app.studies import read_studies
 
     processes = workers or os.cpu_count() or 1
     if not benchmark and studies is None:
@@ -81,4 +86,8 @@ def phantom(
         else:
             made = PhantomConfig(matrix=matrix or 512, spacing_mm=spacing_mm, burden=burden or "mixed")
             study_list = write_phantom_studies(out, studies or 0, seed, made, progress, processes, vessels)
+        if dicom:
+            reports = write_dicom_studies(read_studies(study_list), out, progress)
+    if dicom:
+        typer.echo(f"DICOM to import: {out / 'dicom'}. Their reports, by accession number: {reports}")
     typer.echo(f"Study list: {study_list}. Volumes to serve: {out / 'volumes'}")

@@ -9,6 +9,7 @@ import errno
 import gzip
 import logging
 import os
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -28,6 +29,10 @@ from pe_app.ct.source_series import read_source, source_path
 from pe_app.ct.volume import PADDING_HU, Volume, canonical_volume
 
 log = logging.getLogger(__name__)
+
+os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "1"
+"""ITK refuses an sform that a rounding took off right angles, as those of many public sets; ours tells how far off."""
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # and says so each time
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 """Files that hold one volume."""
@@ -165,7 +170,7 @@ def volume_from_image(image: sitk.Image, name: str) -> Volume:
         raise InputError(f"{name}: voxels of {millimetres(spacing)} mm cannot be; the header is wrong: export it again")
     if np.abs(affine[:3, 3]).max() > MAX_POSITION_MM:
         raise InputError(f"{name}: its place, {affine[:3, 3].tolist()} mm, cannot be: the header is wrong")
-    skew = np.degrees(np.arcsin(np.abs(np.triu(_cosines(affine), 1)).max().clip(0, 1)))
+    skew = _skew_degrees(affine)
     if skew > TILT_DEGREES:
         raise InputError(
             f"{name}: its axes are sheared by {skew:.1f} degrees, as by a tilted gantry: export a reformat with "
@@ -219,18 +224,25 @@ def _read_image_file(path: Path) -> Volume:
     try:
         if _suffix(path) == ".nrrd":
             _check_nrrd(path)
+        else:
+            _check_nifti_kind(path)
         reader.ReadImageInformation()
         _check_grid(reader.GetSize(), reader.GetNumberOfComponents(), path.name)
         if _suffix(path) != ".nrrd":
             _check_nifti(path, {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()})
         image = reader.Execute()
         if _suffix(path) != ".nrrd":
-            _check_nifti_place(image, path.name)
+            _place_by_sform(image, path.name)
         return volume_from_image(image, path.name)
     except InputError:
         raise
     except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
         raise InputError(f"{path.name}: cannot be read ({last_line(error)}): export it again") from error
+
+
+def _skew_degrees(affine: NDArray[np.float64]) -> float:
+    """By how much two axes are off a right angle, at most."""
+    return float(np.degrees(np.arcsin(np.abs(np.triu(_cosines(affine), 1)).max().clip(0, 1))))
 
 
 def _cosines(affine: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -252,6 +264,26 @@ def _check_grid(size: tuple[int, ...], components: int, name: str) -> None:
         raise TooLarge(message) if count else InputError(message)
 
 
+def _check_nifti_kind(path: Path) -> None:
+    """Refuse what is no NIfTI-1 in millimetres, or has an ending that lies about its compression, before ITK does."""
+    packed = path.name.lower().endswith(".gz")
+    with path.open("rb") as file:
+        magic = file.read(3)
+    if magic == b"BZh":
+        raise InputError(f"{path.name}: is compressed by bzip2, which is not read: unpack it")
+    if packed and magic and magic[:2] != b"\x1f\x8b":
+        raise InputError(f"{path.name}: is not compressed, against its ending: rename it to end in .nii")
+    if not packed and magic[:2] == b"\x1f\x8b":
+        raise InputError(f"{path.name}: is compressed, against its ending: rename it to end in .nii.gz")
+    with gzip.open(path) if packed else path.open("rb") as stream:
+        head = stream.read(348)
+    if 540 in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")):
+        raise InputError(f"{path.name}: is NIfTI-2, which is not read: convert it to NIfTI-1")
+    unit = {1: "metres", 3: "micrometres"}.get(head[123] & 7) if len(head) == 348 else None
+    if unit:
+        raise InputError(f"{path.name}: its places are in {unit}, those of a CT in millimetres: convert it again")
+
+
 def _check_nifti(path: Path, header: dict[str, str]) -> None:
     """Refuse a file without a place, with fewer bytes than its header promises, or with NaN: ITK reads both as 0."""
     if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
@@ -269,8 +301,11 @@ def _check_nifti(path: Path, header: dict[str, str]) -> None:
         _check_data(stream, voxels * width, np.dtype(f"{order}f{width}") if is_float else None, path.name)
 
 
-def _check_nifti_place(image: sitk.Image, name: str) -> None:
-    """Refuse an sform that ITK did not follow: sheared, singular, or at odds with the qform."""
+def _place_by_sform(image: sitk.Image, name: str) -> None:
+    """Lay a NIfTI image where its sform says, as nibabel does, unless that is sheared, singular or ITK went elsewhere.
+
+    ITK makes the axes of an sform upright; one that is off by a rounding keeps its own.
+    """
     if int(image.GetMetaData("sform_code")) <= 0:
         return
     sform = np.array([[float(x) for x in image.GetMetaData(f"srow_{axis}").split()] for axis in "xyz"])
@@ -278,6 +313,19 @@ def _check_nifti_place(image: sitk.Image, name: str) -> None:
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(image.GetSize()) - 1)
     read = [image.TransformIndexToPhysicalPoint(corner.tolist()) for corner in corners]
     off = np.abs(corners @ sform[:, :3].T + sform[:, 3] - read).max()
+    spacing = np.linalg.norm(sform[:, :3], axis=0)
+    if np.isfinite(sform).all() and spacing.min() > 0:
+        skew = _skew_degrees(sform)
+        if 1e-4 < skew <= TILT_DEGREES and abs(np.linalg.det(sform[:, :3] / spacing)) > 0.5:
+            image.SetSpacing(spacing.tolist())
+            image.SetDirection((sform[:, :3] / spacing).ravel().tolist())
+            image.SetOrigin(sform[:, 3].tolist())
+            return
+        if skew > TILT_DEGREES:
+            raise InputError(
+                f"{name}: the axes of its sform are sheared by {skew:.1f} degrees: export a reformat with straight "
+                "axial slices, or convert it again"
+            )
     if not off <= 0.5:
         raise InputError(
             f"{name}: its sform is sheared, singular or at odds with its qform (corners {off:.1f} mm apart), so its "
@@ -298,10 +346,18 @@ def _check_nrrd(path: Path) -> None:
         end = file.tell()
     if end == path.stat().st_size or "data file" in fields or "datafile" in fields:
         raise InputError(f"{path.name}: its voxels are in another file; write header and voxels into one .nrrd")
-    directions = fields.get("space directions", "none").lower()
+    directions = re.findall(r"none|\([^)]*\)", fields.get("space directions", "none").lower())
+    listed = [int(size) for size in fields.get("sizes", "").split() if size.isdigit()]
+    if len(listed) == len(directions) == 4 and directions.count("none") == 1:  # a list of volumes, as sequences are
+        count = listed[directions.index("none")]
+        if count != 1:
+            raise InputError(f"{path.name}: holds a list of {count} volumes; a CT is one: save one of them alone")
+        directions.remove("none")
     if fields.get("space", "").lower() not in _NRRD_SPACES or "none" in directions:
         raise InputError(f"{path.name}: has no space or space directions, so its place in the patient is unknown")
     encoding = fields.get("encoding", "").lower()
+    if encoding in ("bzip2", "bz2"):
+        raise InputError(f"{path.name}: is compressed by bzip2, which is not read: save it with gzip")
     if encoding in ("gzip", "gz", "raw"):
         width = _NRRD_BYTES.get(fields.get("type", "").lower())
         sizes = [int(size) for size in fields.get("sizes", "").split()]

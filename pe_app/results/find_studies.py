@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +85,10 @@ def find_studies(paths: Sequence[Path]) -> Found:
                 said += _shared_studies(path, places)
         studies += found
     single = len(paths) == 1 and [study.path for study in studies] == list(paths)
-    return Found(_with_unique_names(studies), tuple(said), single)
+    once = {os.path.realpath(study.path): study for study in reversed(studies)}  # of two spellings the first stays
+    kept = [study for study in studies if once[os.path.realpath(study.path)] is study]
+    said += [f"{study.path}: is given twice, it is analysed once" for study in studies if study not in kept]
+    return Found(_with_unique_names(kept), tuple(said), single)
 
 
 def _studies_below(folder: Path, depth: int = 0) -> list[tuple[Path, str]]:

@@ -471,3 +471,15 @@ def test_a_path_without_a_study_is_kept_so_that_reading_it_says_what_is_wrong(tm
         found = find_studies([given])
         assert found.single
         assert [study.path for study in found.studies] == [given]
+
+
+def test_one_ct_under_two_spellings_of_its_path_is_one_study(tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.nrrd").write_bytes(b"x")
+    (tmp_path / "v" / "gone.nrrd").symlink_to("/nowhere/gone.nrrd")
+    found = find_studies([tmp_path / "v" / "a.nrrd", tmp_path / "v" / ".." / "v" / "a.nrrd"])
+    assert [study.study for study in found.studies] == ["a"]
+    assert "is given twice" in " ".join(found.said)
+    assert [study.study for study in find_studies([tmp_path / "v"]).studies] == ["a", "gone"], (
+        "a link to nowhere is named"
+    )
