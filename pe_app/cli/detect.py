@@ -85,7 +85,7 @@ def detect(
     publish = dicom_publisher(dicom, archive_access(send, user, password_file, ca) if send else None)
     chosen = model or default_model()
     detector = Detector.load(chosen) if chosen else Detector.untrained()
-    detector.limits = read_limits(limits, accept or (), refuse or ())
+    detector = detector.with_limits(read_limits(limits, accept or (), refuse or ()))
     if found.single:
         _one(found.studies[0], detector, out, series, publish, as_json=as_json, full_resolution=full_resolution)
     else:

@@ -146,7 +146,7 @@ def publish(
     stage_two = replace(
         record, studies=2 * made.pairs, positive=made.pairs, metrics=metrics, settings={"kind": "pooled"}, seconds=0.0
     )
-    detector.card = ModelCard("starter", pe_app.__version__, record, stage_two)
+    detector = replace(detector, card=ModelCard("starter", pe_app.__version__, record, stage_two))
     detector.save(out, half=True)
     typer.echo(json.dumps({name: [round(v, 3) for v in values] for name, values in measured.items()}, indent=1))
 

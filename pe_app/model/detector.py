@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -206,9 +206,12 @@ class DetectionResult:
     maps: NDArray[np.float32] | None = None
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Detector:
     """Stage I, stage II and the slab settings: everything from a volume to a detection.
+
+    Frozen, since its file's hash is the key of caches and ledgers: ``dataclasses.replace`` with other slabs, card or
+    decision gives another detector with an identity of its own.
 
     Attributes:
         encoder: stage I.
@@ -303,6 +306,19 @@ class Detector:
         self.encoder.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.classifier.to(device).eval()
         return self
+
+    def with_limits(self, limits: QualityLimits) -> Detector:
+        """The same model with other limits: they are the user's and not part of its file."""
+        return self._same_file(replace(self, limits=limits))
+
+    def with_precision(self, precision: Precision) -> Detector:
+        """The same model in another number format of stage I, which is not part of its file."""
+        return self._same_file(replace(self, precision=precision))
+
+    def _same_file(self, other: Detector) -> Detector:
+        if "sha256" in self.__dict__:
+            other.__dict__["sha256"] = self.sha256
+        return other
 
     def detect(self, volume: Volume, progress: ProgressCallback = silent) -> DetectionResult:
         """What this model says of a CT.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def calibrate(
     record = detector.card.classifier
     if record is None:
         raise InputError(f"model {model}: its stage II is not trained, its probabilities mean nothing: train it first")
-    detector.decision = Decision()
+    detector = replace(detector, decision=Decision())
     kept = ClassifierTraining(
         validation_fraction=float(record.settings.get("validation_fraction") or 0.2),
         seed=int(record.settings.get("seed") or 0),
@@ -75,7 +76,7 @@ def calibrate(
     if sensitivity is not None:
         # the last bits of a probability differ between machines: a study on the threshold must stay above it
         threshold = max(threshold_for_sensitivity(truth, expit(logits / temperature), sensitivity) - 1e-6, 0.0)
-    detector.decision = Decision(temperature, threshold, sensitivity, len(truth), sum(truth))
+    detector = replace(detector, decision=Decision(temperature, threshold, sensitivity, len(truth), sum(truth)))
     detector.save(out, half=_is_half(model))
     return detector.decision
 

@@ -310,10 +310,9 @@ def train_classifier(
     settings = settings or ClassifierTraining()
     device = device or best_device()
     out = Path(out)
-    base = Detector.load(encoder)
+    base = Detector.load(encoder).with_precision(settings.precision)
     if base.card.encoder is None:
         raise InputError(f"model {encoder}: its encoder is not trained: train stage I first")
-    base.precision = settings.precision
     network = replace(network or base.classifier.config, kind="pooled" if settings.pooled else "convlstm")
     if settings.pooled:
         settings = replace(settings, epochs=1, learning_rate=1e-30)  # the loop only measures: no weight moves by that

@@ -138,7 +138,7 @@ def test_a_study_of_the_models_training_is_refused_by_name_or_shown_loudly(chest
     detector = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
     known = (small_chest(3, 0)[0].sha256,)
     record = TrainingRecord(1, 0, 0, True, 1, 1, 1.0, "cpu", "2026-01-01T00:00:00Z", "", {}, {}, known)
-    detector.card = ModelCard("trained", "1", record, record)
+    detector = replace(detector, card=ModelCard("trained", "1", record, record))
     detector.save(tmp_path / "trained.safetensors")
     model, out = [tmp_path / "trained.safetensors"], tmp_path / "out"
     with pytest.raises(InputError, match=r"study study3: model trained\.safetensors was trained on this image"):
@@ -156,7 +156,7 @@ def test_another_study_of_a_training_patient_is_refused_by_name(chests, tmp_path
     detector = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
     patients = (patient_sha256(Study("other", tmp_path, "patient4")),)
     record = TrainingRecord(1, 0, 0, True, 1, 1, 1.0, "cpu", "2026-01-01T00:00:00Z", "", {}, {}, (), patients)
-    detector.card = ModelCard("trained", "1", record, record)
+    detector = replace(detector, card=ModelCard("trained", "1", record, record))
     detector.save(tmp_path / "trained.safetensors")
     with pytest.raises(InputError, match=r"study study4: .* was trained on this image or patient"):
         evaluate(chests, [tmp_path / "trained.safetensors"], tmp_path / "out", settings=QUICK)
@@ -167,7 +167,7 @@ def test_a_models_own_threshold_is_used_and_told(chests, models, tmp_path):
         entry.probability for entry in evaluate(chests, models[:1], tmp_path / "a", None, QUICK).models[0].predictions
     ]
     detector = Detector.load(models[0])
-    detector.decision = Decision(1.0, sorted(probabilities)[1], 0.9, 20, 10)
+    detector = replace(detector, decision=Decision(1.0, sorted(probabilities)[1], 0.9, 20, 10))
     detector.save(tmp_path / "chosen.safetensors")
     evaluation = evaluate(chests, [tmp_path / "chosen.safetensors"], tmp_path / "b", None, QUICK)
     rows = list(csv.DictReader(predictions_csv(evaluation).splitlines()))

@@ -81,7 +81,7 @@ def _detections(series: Path, repeats: int) -> None:
     detectors = []
     for precision, by_points in (("float32", False), ("float32", True), ("auto", False), ("auto", True)):
         detector = Detector.load(model) if (model := default_model()) else Detector.untrained()
-        detector.precision = precision  # type: ignore[assignment]
+        detector = detector.with_precision(precision)  # type: ignore[arg-type]
         for network in (detector.encoder, detector.classifier):
             choose(network, by_points=by_points)
         detectors.append(detector)

@@ -61,7 +61,7 @@ def run(step: str, folder: Path) -> dict[str, float]:
 
     def encode() -> None:
         detector = Detector.load(encoder)
-        detector.precision = "float32"
+        detector = detector.with_precision("float32")
         encode_sources(detector, read_sources(studies, annotations=False), features)
 
     works: dict[str, Callable[[], object]] = {

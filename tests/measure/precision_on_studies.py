@@ -41,7 +41,7 @@ def main() -> None:
     keep_freed_memory()
     detectors = {name: Detector.load(given.model).to(torch.device("cpu")) for name in FORMATS}
     for name, detector in detectors.items():
-        detector.precision = FORMATS[name]
+        detector = detector.with_precision(FORMATS[name])
     without_shortcuts(detectors[DIRECT].encoder)
     without_shortcuts(detectors[DIRECT].classifier)
     studies = [study for study in read_studies(given.studies) if study.split == given.split]

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -13,10 +13,11 @@ import torch
 
 from pe_app.common.errors import InputError
 from pe_app.common.progress import Cancelled
+from pe_app.ct.quality import QualityLimits
 from pe_app.ct.slabs import SlabConfig
 from pe_app.ct.volume import Volume
 from pe_app.model import winograd
-from pe_app.model.detector import STARTER_MODEL, Detector, ModelCard, TrainingRecord
+from pe_app.model.detector import STARTER_MODEL, Decision, Detector, ModelCard, TrainingRecord
 from pe_app.model.slab_encoder import EncoderConfig
 from pe_app.model.study_classifier import ClassifierConfig
 from pe_app.phantom import PhantomConfig, make_phantom
@@ -32,8 +33,7 @@ def detector() -> Detector:
     small = Detector.untrained(
         slabs=SLABS, encoder=EncoderConfig(width=8), classifier=ClassifierConfig(feature_channels=64, grid=4, filters=4)
     )
-    small.precision = "float32"
-    return small
+    return small.with_precision("float32")
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,10 @@ def test_the_fast_way_says_the_same_as_direct_float32_and_points_to_the_same_pla
     """The whole networks of the model that ships, with fewer slabs; in its slice a place is known to one cell."""
     phantom = make_phantom(np.random.default_rng(7), PhantomConfig(128, 5.0, burden="large"), positive=True)
     whole = Detector.load(STARTER_MODEL).to(torch.device("cpu"))
-    whole.slabs = replace(whole.slabs, slab_count=8, slab_stride=25)
+    whole = replace(whole, slabs=replace(whole.slabs, slab_count=8, slab_stride=25))
     found = []
     for precision, by_points in (("float32", False), ("float32", True), ("bfloat16", True)):
-        whole.precision = precision
+        whole = whole.with_precision(precision)
         for network in (whole.encoder, whole.classifier):
             winograd.choose(network, by_points=by_points)
         found.append(whole.detect(phantom.volume).detection)
@@ -142,8 +142,7 @@ def test_a_volume_without_lung_is_refused_without_a_probability(detector):
 def test_a_file_rebuilds_its_own_detector(detector, volume, tmp_path):
     carded = Detector(detector.encoder, detector.classifier, SLABS, ModelCard("mine", "7", RECORD, None))
     carded.save(tmp_path / "model.safetensors")
-    loaded = Detector.load(tmp_path / "model.safetensors")
-    loaded.precision = "float32"
+    loaded = Detector.load(tmp_path / "model.safetensors").with_precision("float32")
     assert loaded.card == carded.card
     assert loaded.slabs == SLABS
     assert loaded.detect(volume).detection.probability == detector.detect(volume).detection.probability
@@ -157,13 +156,23 @@ def test_the_identity_is_the_sha256_of_the_file(detector, tmp_path):
     assert Detector.load(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest() == detector.sha256
 
 
+def test_another_setting_that_the_file_holds_is_another_model_and_limits_are_not(detector, tmp_path):
+    detector.save(tmp_path / "model.safetensors", half=True)
+    loaded = Detector.load(tmp_path / "model.safetensors")
+    with pytest.raises(FrozenInstanceError):
+        loaded.slabs = replace(SLABS, slab_count=6)
+    others = [replace(loaded, slabs=replace(SLABS, slab_count=6)), replace(loaded, decision=Decision(threshold=0.3))]
+    assert len({loaded.sha256, *(other.sha256 for other in others)}) == 3
+    assert loaded.with_limits(QualityLimits(min_slices=2)).sha256 == loaded.sha256
+    assert loaded.with_precision("float32").sha256 == loaded.sha256
+
+
 def test_half_precision_halves_the_file_and_hardly_moves_the_probability(detector, volume, tmp_path):
     detector.save(tmp_path / "full.safetensors")
     detector.save(tmp_path / "half.safetensors", half=True)
     sizes = [(tmp_path / name).stat().st_size for name in ("half.safetensors", "full.safetensors")]
     assert sizes[0] < 0.6 * sizes[1]
-    loaded = Detector.load(tmp_path / "half.safetensors")
-    loaded.precision = "float32"
+    loaded = Detector.load(tmp_path / "half.safetensors").with_precision("float32")
     assert loaded.detect(volume).detection.probability == pytest.approx(
         detector.detect(volume).detection.probability, abs=5e-3
     )

@@ -128,7 +128,7 @@ def test_a_cuda_device_gives_the_same_table_and_the_same_detection(series):
     assert all(row["of_limit"] > 0 for row in found["steps"])
     volume = read_volume(series)
     plain = Detector.untrained()
-    plain.precision = "float32"
+    plain = plain.with_precision("float32")
     expected = plain.detect(volume).detection.probability
     fast = Detector.untrained().to(torch.device("cuda")).detect(volume).detection
     assert fast.probability == pytest.approx(expected, abs=0.01)

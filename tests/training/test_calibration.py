@@ -25,7 +25,7 @@ def validation(tmp_path_factory):
 @pytest.fixture
 def model(tmp_path):
     detector = Detector.untrained(3, SLABS, ENCODER, CLASSIFIER)
-    detector.card = ModelCard("ours", "1", RECORD, RECORD)
+    detector = replace(detector, card=ModelCard("ours", "1", RECORD, RECORD))
     detector.save(tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
@@ -75,7 +75,7 @@ def test_a_model_without_a_decision_in_its_file_has_the_papers(model, monkeypatc
 
 def test_half_precision_stays_half(validation, tmp_path):
     detector = Detector.untrained(3, SLABS, ENCODER, CLASSIFIER)
-    detector.card = ModelCard("ours", "1", RECORD, RECORD)
+    detector = replace(detector, card=ModelCard("ours", "1", RECORD, RECORD))
     detector.save(tmp_path / "half.safetensors", half=True)
     calibrate(validation, tmp_path / "half.safetensors", tmp_path / "out.safetensors")
     sizes = [(tmp_path / name).stat().st_size for name in ("half.safetensors", "out.safetensors")]

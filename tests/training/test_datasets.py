@@ -555,8 +555,7 @@ def test_augmentation_follows_its_generator_and_leaves_the_original():
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     made = Detector.untrained(0, SLABS, ENCODER, CLASSIFIER)
-    made.precision = "float32"
-    return made
+    return made.with_precision("float32")
 
 
 def test_features_are_the_frozen_encoders_last_activations_in_float16(studies, tmp_path, detector):

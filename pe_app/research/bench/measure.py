@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -204,7 +204,7 @@ class _Steps:
         self.volume = read_volume(series)
         self.detector = (Detector.load(model) if (model := default_model()) else Detector.untrained()).to(device)
         if not isinstance(self.detector.classifier, StudyClassifier):  # the method's stage II is what is timed
-            self.detector.classifier = StudyClassifier().to(device).eval()
+            self.detector = replace(self.detector, classifier=StudyClassifier().to(device).eval())
         self.plain = Detector.untrained().to(device)
         self.plain_classifier = StudyClassifier().to(device).eval()
         for network in (self.plain.encoder, self.plain_classifier):

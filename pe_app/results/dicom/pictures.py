@@ -125,7 +125,8 @@ def _summary(detection: Detection) -> NDArray[np.uint8]:
     numbers = has_numbers(detection)
     said = verdict(detection) if numbers or detection.probability is None else "No result: the model is untrained"
     lines = [(line, _ACCENT) for line in textwrap.wrap(said, 46)]
-    lines += [(f"Model {detection.model.name} {detection.model.version}"[:58], _INK)]
+    model = f"Model {detection.model.name} {detection.model.version}"
+    lines += [(line, _INK) for line in textwrap.wrap(model, 58)]
     for reason in detection.reasons:
         lines += [(line, _WARNING) for line in textwrap.wrap(f"{reason.code}: {reason.message}", 58)]
     step = 0.042
