@@ -58,8 +58,8 @@ def test_detect_writes_what_it_promises_and_prints_the_same_json(workplace):
     assert (workplace / "out" / "review.png").read_bytes().startswith(b"\x89PNG")
     page = (workplace / "out" / "index.html").read_text()
     assert "Research use only" in page
-    assert "untrained_model" in page
-    assert "<script" not in page
+    assert "Untrained model: not a clinical result" in page
+    assert "default-src 'none'" in page  # nothing is loaded
 
 
 def test_detect_says_in_words_what_limits_the_result(workplace):
