@@ -138,7 +138,7 @@ def read_drawn_segments(path: Path, segment: str = "") -> DrawnSegments:
     try:
         dataset = pydicom.dcmread(path)
         if dataset.get("SOPClassUID") not in (SegmentationStorage, LABELMAP_STORAGE):
-            raise InputError(f"{path.name}: is no DICOM segmentation (SEG)")
+            raise InputError(f"{path.name}: is not a DICOM segmentation (SEG)")
         if dataset.SegmentationType == "FRACTIONAL":
             raise InputError(
                 f"{path.name}: is a fractional segmentation; a share of a pixel is no outline: export it as binary"

@@ -80,7 +80,7 @@ def read_segment(path: Path) -> Segment:
     value = _header_integer(fields, f"Segment{number}_LabelValue", 1, path.name)
     if layer >= layers or value == 0:
         raise InputError(
-            f"{path.name}: its segment is said to be label {value} in layer {layer} of {layers}; save it again"
+            f"{path.name}: its header gives its segment the label {value} in layer {layer} of {layers}; save it again"
         )
     if layers > 1:
         image = sitk.VectorIndexSelectionCast(image, layer)

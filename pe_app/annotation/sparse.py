@@ -175,8 +175,8 @@ class SparseAnnotation:
             place = float(z_mm[reviewed.slice_index])
             if abs(reviewed.z_mm - place) > half_slice:
                 raise InputError(
-                    f"annotation: slice {reviewed.slice_index} is said to lie at z {reviewed.z_mm:.2f} mm, but in "
-                    f"{volume.name} it lies at {place:.2f}; count slices from the feet"
+                    f"annotation: slice {reviewed.slice_index} lies, by its annotation, at z {reviewed.z_mm:.2f} mm, "
+                    f"but in {volume.name} it lies at {place:.2f}; count slices from the feet"
                 )
         reach = REACH_MM / np.array(volume.spacing_mm)
         for decision in self.decisions:
@@ -184,8 +184,8 @@ class SparseAnnotation:
             if (index < -reach).any() or (index > np.array(volume.shape) - 1 + reach).any():
                 centre = ", ".join(f"{mm:.1f}" for mm in decision.centre_lps_mm)
                 raise InputError(
-                    f"annotation: candidate {decision.rank} is said to lie at ({centre}) mm, outside of {volume.name}; "
-                    "places are in LPS, x to the left and y to the back"
+                    f"annotation: candidate {decision.rank} lies, by its annotation, at ({centre}) mm, outside of "
+                    f"{volume.name}; places are in LPS, x to the left and y to the back"
                 )
 
     def to_json(self) -> dict[str, object]:

@@ -32,7 +32,7 @@ CODES = {
     "matrix": "refuses below 64 pixels, warns below 256",
     "derived": "refuses projections, maps, localizers, colour pictures and other planes than axial; warns of reformats",
     "lossy": "warns: the pixels were once compressed with loss",
-    "metal": "warns: streaks of metal may hide or feign emboli",
+    "metal": "warns: streaks of metal may hide or mimic emboli",
     "padding": "refuses undeclared padding in tissue's range and blank slices within the lungs; warns of others",
     "tilted": "refuses: the gantry was tilted, slices are sheared against each other",
     "not_ct": "refuses: another modality",
@@ -389,6 +389,6 @@ def _check_metal(volume: Volume, lungs: Lungs, limits: QualityLimits) -> list[Re
         return []
     text = (
         f"metal: {metal_ml:.0f} ml between z {volume.slice_z_mm[bottom]:.0f} and {volume.slice_z_mm[top]:.0f} mm are "
-        f"above {limits.metal_hu:.0f} HU; streaks may hide or feign emboli"
+        f"above {limits.metal_hu:.0f} HU; streaks may hide or mimic emboli"
     )
     return [Reason("metal", text, False)]

@@ -267,7 +267,7 @@ def _results(evaluation: Evaluation) -> Section:
     if analysed:
         share = sum(analysed) / len(analysed)
         text.append(
-            "A study is called positive at or above the model's threshold (see Models). "
+            "A study counts as positive at or above the model's threshold (see Models). "
             f"{share:.0%} of the analysed studies are positive: PPV, NPV and accuracy hold for that share only, and "
             f"always answering the same would have an accuracy of {max(share, 1 - share):.2f}. Intervals are 95%: "
             "DeLong for AUC, Wilson for shares."
@@ -389,7 +389,7 @@ def _models(evaluation: Evaluation) -> Section:
         record = model.card.classifier or model.card.encoder
         trained = "untrained"
         if record:
-            kind = "simulated or painted emboli" if record.synthetic else "real emboli"
+            kind = "simulated or inserted emboli" if record.synthetic else "real emboli"
             trained = f"{record.studies} studies ({record.positive} positive), {kind}, {record.date[:10]}"
         card = f"{model.card.name} {model.card.version}"
         decision = str(model.decision) or f"threshold {model.decision.threshold:g}, not calibrated"
@@ -424,7 +424,7 @@ def _draw_roc(axes: Axes, evaluation: Evaluation) -> None:
 def _draw_calibration(axes: Axes, evaluation: Evaluation) -> None:
     axes.set_title("Calibration")
     axes.plot((0, 1), (0, 1), color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="mean probability said", ylabel="share truly positive")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="mean predicted probability", ylabel="observed frequency")
     for model, colour in _coloured(evaluation):
         figures = model.discrimination
         if figures is None:

@@ -1,7 +1,7 @@
 """How well probabilities tell positive studies from negative ones: AUC, operating points, calibration.
 
 Everywhere ``truth`` is ``(studies,)`` of 0 and 1, ``scores`` is ``(studies,)`` of finite numbers, larger meaning
-"embolism", and a study is called positive where ``score >= threshold``.
+"embolism", and a study counts as positive where ``score >= threshold``.
 """
 
 from __future__ import annotations

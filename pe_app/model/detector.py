@@ -150,7 +150,7 @@ class ModelCard:
             return (Reason("untrained_model", message, refuses=False),)
         if self.encoder.synthetic or self.classifier.synthetic:
             message = (
-                f"Model '{self.name}' was trained on simulated and painted emboli only; it has never seen a real "
+                f"Model '{self.name}' was trained on simulated and inserted emboli only; it has never seen a real "
                 "embolism. It shows how the program works and where to start training; "
                 "its numbers are not a clinical result."
             )

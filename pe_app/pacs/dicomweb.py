@@ -110,7 +110,7 @@ class Access:
             parts = urlsplit(self.url)
             parts.port  # noqa: B018 - raises where it is no number
         except ValueError as error:
-            raise InputError(f"archive {self.url}: no valid address ({error})") from error
+            raise InputError(f"archive {self.url}: invalid address ({error})") from error
         if "@" in parts.netloc:
             raise InputError(
                 f"archive {parts.scheme}://{parts.hostname}: user and password do not belong into the address, "
@@ -542,7 +542,7 @@ class Archive:
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
             return Unavailable(f"{self._name}: it does not answer within {self._limits.read_s:.0f} s")
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            return InputError(f"{self._name}: no valid address")
+            return InputError(f"{self._name}: invalid address")
         if isinstance(error, requests.TooManyRedirects):
             return InputError(f"{self._name}: it redirects in a circle: check the address")
         return Unavailable(f"{self._name}: it cannot be reached, or the connection broke off")
@@ -633,12 +633,12 @@ def _instance_uid(path: Path) -> str:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"])
         return _checked_uid(str(header.SOPInstanceUID))
     except Exception as error:  # pydicom raises nearly anything on damaged bytes
-        raise InputError(f"{path}: it is no DICOM instance, so it cannot be sent") from error
+        raise InputError(f"{path}: it is not a DICOM instance, so it cannot be sent") from error
 
 
 def _checked_uid(uid: str) -> str:
     if not _UID.fullmatch(uid):
-        raise InputError(f"{uid[:80]!r} is no DICOM UID")
+        raise InputError(f"{uid[:80]!r} is not a DICOM UID")
     return uid
 
 

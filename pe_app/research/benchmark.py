@@ -119,7 +119,7 @@ def write_benchmark(
     config = config or BenchmarkConfig()
     for folder in ("volumes", "masks", "annotations", "truth"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    made = made_in(workers, partial(_write_twins, out, seed, config), config.patients, "simulate twins", progress)
+    made = made_in(workers, partial(_write_twins, out, seed, config), config.patients, "simulate pairs", progress)
     studies = [study for number in range(config.patients) for study in made[number]]
     rows = [(out / "truth" / f"{study.study}.csv").read_text() for study in studies]
     header = ",".join(field.name for field in fields(Truth)) + "\n"

@@ -137,7 +137,7 @@ def summary(study: DemoStudy) -> list[str]:
     lines = [study.name, f"  {verdict(study.detection)}; truth: {truth}"]
     for candidate in study.detection.candidates[:3]:
         place = ", ".join(f"{value:.0f}" for value in candidate.centre_lps_mm)
-        lines.append(f"  look at slice {candidate.slice_index} (z {candidate.z_mm:.0f} mm), L P S {place} mm")
+        lines.append(f"  candidate at slice {candidate.slice_index} (z {candidate.z_mm:.0f} mm), L P S {place} mm")
     distance = study.nearest_embolus_mm()
     if distance is not None:
         lines.append(f"  strongest attention lies {distance:.0f} mm from the nearest simulated embolus")

@@ -334,7 +334,7 @@ class _Batch:
     def _report(self) -> None:
         """Studies of this run: what an earlier one did would make the time left look short."""
         total = max(self.total - self.known, self.done)
-        self.progress(Progress("studies", self.done, total, f"{self.known} known already" if self.known else ""))
+        self.progress(Progress("studies", self.done, total, f"{self.known} unchanged, skipped" if self.known else ""))
 
     def _waited_for(self, upcoming: Future[T]) -> T:
         """The next study; if there is none for a moment, the page is brought up to date."""

@@ -30,4 +30,4 @@ def extent_words(detection: Detection) -> str:
 def place_words(candidate: Candidate) -> str:
     """Where a candidate lies, as far as side and level can be told: ``right, segmental artery or beyond``."""
     level = _LEVELS.get(candidate.level or "", "")
-    return ", ".join(word for word in (candidate.side or "", level) if word) or "side and level cannot be told"
+    return ", ".join(word for word in (candidate.side or "", level) if word) or "side and level indeterminate"

@@ -124,7 +124,7 @@ def train_end_to_end(
         model: file of a detector with both stages trained.
         out: the fine-tuned detector's file.
         settings: of the training.
-        synthetic: recorded in the model card: every embolism was simulated or painted.
+        synthetic: recorded in the model card: every embolism was simulated or inserted.
         run_dir: metrics, curves and checkpoint; ``out`` with the suffix ``.run`` by default.
         cache_dir: slabs of the studies, 74 MB each at full size; ``studies`` in the run folder by default.
         device: the best one by default.

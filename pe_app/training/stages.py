@@ -92,7 +92,7 @@ class EncoderTraining:
         fresh_statistics: estimate the running statistics of batch normalisation anew over the training slabs at the end
             of every epoch, before validation: in short trainings they lag behind the weights [ours].
         twins: learn from pairs of the same chest with and without embolism, as simulations can give them
-            (``datasets.TwinSlabs``), changed alike at random; a batch is then so many pairs [ours].
+            (``TwinSlabs``), changed alike at random; a batch is then this many pairs [ours].
         precision: dtype of the network; weights stay float32 [ours].
         workers: processes that read slabs ahead, for each that trains; 0 reads in between, which two processor cores
             like best.
@@ -194,7 +194,7 @@ def train_encoder(
         classifier: shape of the untrained classifier that ``train_classifier`` will train.
         imagenet: local file of ImageNet ResNet18 weights to start from, instead of random ones [ours].
         start_from: file of a detector whose encoder is trained on; its own slab settings and shapes are then used.
-        synthetic: recorded in the model card: every embolism was simulated or painted.
+        synthetic: recorded in the model card: every embolism was simulated or inserted.
         run_dir: metrics, curves and checkpoint; ``out`` with the suffix ``.run`` by default.
         slabs_dir: prepared slabs, may be shared by runs; ``slabs`` in the run folder by default.
         preparation: of the slabs: in how many processes, and in how much space.
@@ -296,7 +296,7 @@ def train_classifier(
         out: the detector's file with both stages, written when the training is done.
         settings: of the training.
         network: shape of the classifier; by default as in the encoder's file.
-        synthetic: recorded in the model card: every embolism was simulated or painted.
+        synthetic: recorded in the model card: every embolism was simulated or inserted.
         run_dir: metrics, curves and checkpoint; ``out`` with the suffix ``.run`` by default.
         cache_dir: features of the studies, 29.5 MB each; ``features`` in the run folder by default.
         preparation: of the features: in how many processes, and in how much space.

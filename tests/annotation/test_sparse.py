@@ -221,7 +221,7 @@ def test_z_must_fit_the_slice_within_half_a_slice(shift_mm, fits):
         annotation.check_belongs_to(CT)
     else:
         with pytest.raises(
-            InputError, match=r"slice 4 is said to lie at z -1\d+\.\d\d mm, but in the CT it lies at -190.25"
+            InputError, match=r"slice 4 lies, by its annotation, at z -1\d+\.\d\d mm, but in the CT it lies at -190.25"
         ):
             annotation.check_belongs_to(CT)
 
@@ -312,7 +312,9 @@ def test_what_a_newer_minor_version_adds_is_ignored():
 
 def test_a_candidate_far_outside_of_the_ct_is_refused():
     away = replace(decision(), centre_lps_mm=(28.0, 17.0, -190.0))
-    with pytest.raises(InputError, match=r"candidate 1 is said to lie at \(28.0, 17.0, -190.0\) mm, outside of the CT"):
+    with pytest.raises(
+        InputError, match=r"candidate 1 lies, by its annotation, at \(28.0, 17.0, -190.0\) mm, outside of the CT"
+    ):
         replace(example(), decisions=(away,)).check_belongs_to(CT)
     full_example().check_belongs_to(CT)
 

@@ -480,7 +480,7 @@ def test_a_send_that_fails_as_a_whole_is_said(misbehave, error, says, tmp_path):
 def test_what_is_no_dicom_file_is_not_sent(tmp_path):
     (tmp_path / "note.txt").write_text("no image")
     files = [*write_study(tmp_path, 1), tmp_path / "note.txt"]
-    with Scripted(answer("{}")) as server, pytest.raises(InputError, match=r"note\.txt: it is no DICOM instance"):
+    with Scripted(answer("{}")) as server, pytest.raises(InputError, match=r"note\.txt: it is not a DICOM instance"):
         server.archive.store(files)
     assert server.asked == []
 

@@ -340,7 +340,7 @@ def test_progress_counts_this_runs_studies_only_so_that_the_time_left_is_right(t
     run(studies[:2], tmp_path / "out")
     seen = []
     run(studies, tmp_path / "out", total=3, progress=lambda step: seen.append((step.done, step.total, step.text)))
-    assert seen[-1] == (1, 1, "2 known already")
+    assert seen[-1] == (1, 1, "2 unchanged, skipped")
 
 
 # --- publishing

@@ -520,7 +520,7 @@ def test_twins_are_alike_but_for_the_embolism_and_are_changed_alike(tmp_path):
 
 
 def test_studies_without_a_twin_are_refused(studies, tmp_path):
-    with pytest.raises(InputError, match="no twins among the studies"):
+    with pytest.raises(InputError, match="no matched pairs among the studies"):
         TwinSlabs(prepared(studies, tmp_path), {study.study: study.patient for study in studies})
 
 
@@ -540,7 +540,7 @@ def test_outlines_stay_on_the_disk_and_are_those_that_were_read_first(tmp_path):
 
 def test_studies_of_unknown_patients_are_no_twins(tmp_path):
     studies = twin_studies(tmp_path)
-    with pytest.raises(InputError, match="no twins among the studies"):
+    with pytest.raises(InputError, match="no matched pairs among the studies"):
         TwinSlabs(prepared(studies, tmp_path / "cache"), dict.fromkeys((study.study for study in studies), ""))
 
 

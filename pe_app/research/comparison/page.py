@@ -119,7 +119,7 @@ def write_comparison(
         FigureCanvasAgg(figure).print_png(unfinished)
     warnings = [NOTICE]
     if synthetic:
-        warnings.append("Every embolism is simulated or painted: these figures say nothing of patients.")
+        warnings.append("Every embolism is simulated or inserted: these figures do not apply to patients.")
     date = datetime.now(UTC).isoformat(timespec="seconds")
     first = outcomes[0]
     positive = sum(first.labels)

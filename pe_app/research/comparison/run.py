@@ -112,7 +112,7 @@ def compare(
         seeds: one training of each system with each; calls with different seeds, or with systems that share no encoder,
             may fill a folder at the same time.
         masks: folder of ``ID.nrrd``, emboli of whole studies.
-        synthetic: recorded in the models: every embolism was simulated or painted.
+        synthetic: recorded in the models: every embolism was simulated or inserted.
         progress: told after every step; may raise ``Cancelled``.
 
     Raises:

@@ -189,7 +189,7 @@ def _summary(rows: Sequence[_Row]) -> dict[str, float]:
     clear = np.array([slab[2] for slab in every] + [slab[1] for slab in every if slab[0] == 0])
     for name, (low, high) in SLAB_SIZES_ML.items():
         chosen = np.array([slab for slab in every if low <= slab[0] < high]).reshape(-1, 3)
-        values[f"slab AUC, twins at the same level, {name}"] = _auc(chosen[:, 1], chosen[:, 2])
+        values[f"slab AUC, matched pairs at the same level, {name}"] = _auc(chosen[:, 1], chosen[:, 2])
         values[f"slab AUC, all levels, {name}"] = _auc(chosen[:, 1], clear)
     return values
 

@@ -20,14 +20,14 @@ class Augmentation:
 
     Attributes:
         flip: mirror left and right with probability 1/2.
-        shift_cells: move in the plane by up to so many cells of the attention map (16 pixels, 11 mm) along rows and
+        shift_cells: move in the plane by up to this many cells of the attention map (16 pixels, 11 mm) along rows and
             columns; whole cells, so that the target moves exactly. An embolism is never moved out of the slab, so slabs
             with one that is not outlined stay.
-        jitter_hu: add one offset of up to so many HU to a slab.
-        window_cells: learn from square windows of so many cells of the attention map instead of whole slabs, 0 for
-            whole ones. A window of a slab with embolism holds a part of it; one without is cut at the place of another
-            slab's window, so that the place tells nothing. A quarter of the area costs a quarter of the time. The
-            validation looks at windows, too, always the same ones.
+        jitter_hu: add one offset of up to this many HU to a slab.
+        window_cells: learn from square windows of this many cells of the attention map instead of complete slabs, 0
+            for complete ones. A window of a slab with embolism holds a part of it; one without is cut at the place of
+            another slab's window, so that its place carries no information. A quarter of the area costs a quarter of
+            the time. The validation uses windows, too, always the same ones.
     """
 
     flip: bool = True

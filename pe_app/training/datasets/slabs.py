@@ -177,7 +177,9 @@ class TwinSlabs(Dataset[SlabItem]):
             for row in range(counts[number])
         ]
         if not pairs:
-            raise InputError("no twins among the studies: list each study with emboli just before the one without")
+            raise InputError(
+                "no matched pairs among the studies: list each study with emboli just before the one without"
+            )
         self.pairs = np.array(pairs)
 
     def __len__(self) -> int:
