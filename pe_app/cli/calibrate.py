@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pe_app.cli.options import StudyList, progress_bars
+from pe_app.cli.options import StudyList, fit_studies, progress_bars
 
 
 def calibrate(
@@ -23,9 +23,8 @@ def calibrate(
     ] = None,
 ) -> None:
     """Choose a model's temperature and threshold on the validation studies of a list and keep them in its file."""
-    from pe_app.studies import read_studies
     from pe_app.training.calibration import calibrate as choose
 
     with progress_bars() as progress:
-        decision = choose(read_studies(studies), model, out, sensitivity, progress)
+        decision = choose(fit_studies(studies), model, out, sensitivity, progress)
     typer.echo(f"{out}: {decision}. Now measure on test studies: pe-app evaluate --model {out} ...")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pe_app.cli.options import StudyList, progress_bars
+from pe_app.cli.options import StudyList, fit_studies, progress_bars
 
 
 def compare(
@@ -45,7 +45,6 @@ def compare(
     from pe_app.research.comparison.run import compare as train_and_ask
     from pe_app.research.comparison.run import finished
     from pe_app.research.comparison.systems import SYSTEMS, Plan, choose_systems, small_plan
-    from pe_app.studies import read_studies
 
     plan = Plan() if size == "full" else small_plan(matrix, crop, slab_count)
     if encoder_epochs:
@@ -57,7 +56,7 @@ def compare(
     try:
         with progress_bars() as progress:
             train_and_ask(
-                read_studies(studies),
+                fit_studies(studies),
                 out,
                 chosen,
                 plan,

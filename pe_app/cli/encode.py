@@ -13,6 +13,7 @@ from pe_app.cli.options import (
     StudyList,
     Workers,
     echo_once,
+    fit_studies,
     preparation,
     progress_bars,
 )
@@ -34,10 +35,10 @@ def encode(
     """
     from pe_app.common import distributed
     from pe_app.model.detector import Detector
-    from pe_app.studies import missing, read_studies
+    from pe_app.studies import missing
     from pe_app.training.datasets import encode_sources, encoder_key, feature_bytes, read_sources
 
-    listed = read_studies(studies)
+    listed = fit_studies(studies)
     if gone := [path for path in missing(listed) if path in {study.path for study in listed}]:
         raise InputError(f"{studies}: {len(gone)} CTs are not there, the first is {gone[0]}: correct the study list")
     refused: list[InputError] = []

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pe_app.cli.options import Model, StudyList, progress_bars
+from pe_app.cli.options import Model, StudyList, fit_studies, progress_bars
 from pe_app.common.errors import InputError
 
 
@@ -33,7 +33,6 @@ def evaluate(
     from pe_app.evaluation.evaluate import evaluate as judge
     from pe_app.evaluation.report import summary, write_evaluation
     from pe_app.model.detector import default_model
-    from pe_app.studies import read_studies
 
     models = [path for path in (model or default_model(), *(more or ())) if path is not None]
     if not models:
@@ -41,7 +40,7 @@ def evaluate(
     settings = EvaluationSettings(untrained_baseline, allow_training_studies, seed)
     masks = studies.parent / "masks"
     with progress_bars() as progress:
-        evaluation = judge(read_studies(studies), models, out, masks, settings, progress)
+        evaluation = judge(fit_studies(studies), models, out, masks, settings, progress)
         write_evaluation(evaluation, out, masks, progress)
     typer.echo("\n".join(summary(evaluation)))
     typer.echo(f"Open {out / 'index.html'}. Research use only, not for diagnosis.")

@@ -20,6 +20,7 @@ from pe_app.common.progress import Progress, ProgressCallback, silent
 if TYPE_CHECKING:
     from pe_app.model.detector import ModelCard
     from pe_app.pacs.dicomweb import Access
+    from pe_app.studies import Study
     from pe_app.training.datasets import Preparation
 
 EXIT_BAD_INPUT = 2
@@ -33,6 +34,26 @@ RunDir = Annotated[
 ]
 Synthetic = Annotated[bool, typer.Option("--synthetic", help="Record that every embolism is simulated or inserted.")]
 StudyList = Annotated[Path, typer.Option("--studies", help="Study list: CSV of study, path, patient, label, ...")]
+
+
+def fit_studies(path: Path) -> tuple[Study, ...]:
+    """The studies of a list without those that the quality gate refused at their import, which are named.
+
+    Raises:
+        InputError: as ``read_studies``, or if none is left.
+    """
+    from pe_app.studies import read_studies, unfit
+
+    studies = read_studies(path)
+    left = unfit(studies)
+    if left:
+        names = ", ".join(f"{study.study} ({study.reasons})" if study.reasons else study.study for study in left[:10])
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        typer.echo(f"{len(left)} of {len(studies)} studies are unfit and left out: {names}{more}", err=True)
+    if left and len(left) == len(studies):
+        raise InputError(f"{path}: none of its {len(studies)} studies is fit: see the reasons in the list")
+    return tuple(study for study in studies if study not in left)
+
 
 ArchiveUser = Annotated[
     str,

@@ -17,13 +17,13 @@ from pe_app.cli.options import (
     Workers,
     echo_once,
     echo_terms,
+    fit_studies,
     loader_workers,
     preparation,
     progress_bars,
 )
 from pe_app.cli.settings_options import with_settings_options
 from pe_app.common import distributed
-from pe_app.studies import read_studies
 from pe_app.training.stages import ClassifierTraining, train_classifier
 
 
@@ -47,7 +47,7 @@ def classifier(
     """
     with distributed.process_group(), progress_bars() as progress:
         trained = train_classifier(
-            read_studies(studies),
+            fit_studies(studies),
             encoder,
             out,
             settings=replace(training, workers=loader_workers(workers)),

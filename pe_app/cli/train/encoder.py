@@ -17,6 +17,7 @@ from pe_app.cli.options import (
     Workers,
     echo_once,
     echo_terms,
+    fit_studies,
     loader_workers,
     preparation,
     progress_bars,
@@ -26,7 +27,6 @@ from pe_app.common import distributed
 from pe_app.ct.slabs import SlabConfig
 from pe_app.model.slab_encoder import EncoderConfig
 from pe_app.model.study_classifier import ClassifierConfig
-from pe_app.studies import read_studies
 from pe_app.training.datasets import Augmentation
 from pe_app.training.stages import EncoderTraining, train_encoder
 
@@ -62,7 +62,7 @@ def encoder(
     network = replace(network, slices_per_slab=slabs.slices_per_slab)
     with distributed.process_group(), progress_bars() as progress:
         trained = train_encoder(
-            read_studies(studies),
+            fit_studies(studies),
             out,
             settings=settings,
             slabs=slabs,

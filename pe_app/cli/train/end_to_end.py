@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pe_app.cli.options import Out, RunDir, StudyList, Synthetic, echo_once, echo_terms, progress_bars
+from pe_app.cli.options import Out, RunDir, StudyList, Synthetic, echo_once, echo_terms, fit_studies, progress_bars
 from pe_app.cli.settings_options import with_settings_options
 from pe_app.common import distributed
-from pe_app.studies import read_studies
 from pe_app.training.fine_tuning import FineTuning, train_end_to_end
 
 
@@ -27,7 +26,7 @@ def end_to_end(
     """Both stages together, after stage II has converged; not in the paper. Resumes if interrupted."""
     with distributed.process_group(), progress_bars() as progress:
         trained = train_end_to_end(
-            read_studies(studies),
+            fit_studies(studies),
             model,
             out,
             settings=training,
