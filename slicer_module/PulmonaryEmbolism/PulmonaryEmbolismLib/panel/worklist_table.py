@@ -105,6 +105,7 @@ class WorklistTable:
         shown, unknown = self._words(row), row.probability is None
         for column, word in enumerate(shown):
             self._set(model, index, column, int(qt.Qt.DisplayRole), word)
+        self._set(model, index, 3, int(qt.Qt.TextAlignmentRole), int(qt.Qt.AlignRight | qt.Qt.AlignVCenter))
         self._set(model, index, NOTE, int(qt.Qt.ToolTipRole), shown[NOTE])
         progress = row.reviewed / max(row.scheduled, 1)
         sorting = (row.study.lower(), _ORDER.get(row.state, 9) + progress / 2, row.label, row.probability)
