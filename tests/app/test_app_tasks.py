@@ -96,6 +96,12 @@ def test_settings_are_the_papers_unless_the_server_or_the_request_say_otherwise(
     assert "bundle_path" not in task.config()
 
 
+def test_settings_of_one_name_and_two_meanings_have_a_name_each(task):
+    assert "kind" not in task.config()
+    assert task.settings({"classifier_kind": "pooled"})["classifier_kind"] == "pooled"
+    assert task.settings({"attention_loss": "mse"})["attention_loss"] == "mse"
+
+
 @pytest.mark.parametrize(
     "said",
     [

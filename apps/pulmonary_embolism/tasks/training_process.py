@@ -55,6 +55,12 @@ KINDS: dict[str, tuple[type, ...]] = {
 DERIVED = ("grid", "feature_channels")
 """Sizes of the classifier that follow from slabs and encoder."""
 
+ALIKE: dict[type, dict[str, str]] = {
+    ClassifierConfig: {"kind": "classifier_kind"},
+    AttentionLoss: {"kind": "attention_loss"},
+}
+"""Fields of one name and different meaning: what clients call them."""
+
 WINDOW = ("hu_low", "hu_high")
 """The two ends of the slabs' HU window, a setting each."""
 
@@ -108,7 +114,9 @@ def stage_settings(stage: str, said: Mapping[str, object]) -> Settings:
     """
     plain: Settings = {"synthetic": False}
     for kind in KINDS[stage]:
-        plain |= {f.name: f.default for f in fields(kind) if isinstance(f.default, (bool, int, float, str))}
+        plain |= {
+            _said(kind, f.name): f.default for f in fields(kind) if isinstance(f.default, (bool, int, float, str))
+        }
     plain = {name: default for name, default in plain.items() if name not in DERIVED}
     if stage == "encoder":
         plain |= zip(WINDOW, SlabConfig().hu_window, strict=True)
@@ -218,8 +226,8 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 def _make(kind: type, settings: Settings) -> Any:
     """A dataclass with its settings; the sizes that follow from others are worked out."""
-    names = {field.name for field in fields(kind)}
-    chosen = {name: value for name, value in settings.items() if name in names}
+    names = {_said(kind, field.name): field.name for field in fields(kind)}
+    chosen = {names[name]: value for name, value in settings.items() if name in names}
     try:
         if kind is SlabConfig:
             chosen["hu_window"] = tuple(settings[name] for name in WINDOW)
@@ -229,6 +237,11 @@ def _make(kind: type, settings: Settings) -> Any:
         return kind(**chosen)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _said(kind: type, name: str) -> str:
+    """What clients call a field."""
+    return ALIKE.get(kind, {}).get(name, name)
 
 
 def _like(default: object, value: object, name: str) -> Any:
