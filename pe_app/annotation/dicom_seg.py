@@ -263,7 +263,7 @@ def parse_reviewed(text: str) -> Reviewed:
     if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
         return int(first), int(last)
     raise InputError(
-        f"--reviewed {text}: say which slices the reader looked at: segmented (only those with an outline), range (all "
+        f"--reviewed {text}: give the slices the reader saw: segmented (only those with an outline), range (all "
         "between them, too), all, or A-B (slice indices, 0 nearest the feet)"
     )
 

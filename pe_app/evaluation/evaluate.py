@@ -469,7 +469,7 @@ def _refuse_training_studies(leaks: Sequence[tuple[str, ...]], models: Sequence[
             others = f" and {len(leak) - 1} more" if len(leak) > 1 else ""
             raise InputError(
                 f"study {leak[0]}{others}: model {model.name} was trained on this image or patient, so its figures "
-                "would flatter it: mark other studies as test in the study list, or say --allow-training-studies to "
+                "would flatter it: mark other studies as test in the study list, or give --allow-training-studies to "
                 "see them anyway"
             )
 

@@ -499,7 +499,7 @@ def _load_weights(path: Path, stage: str, network: nn.Module, weights: Mapping[s
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
             raise InputError(
-                f"model {path}: {stage} weight {name} is {given.get(name)}, its settings say {expected.get(name)}"
+                f"model {path}: {stage} weight {name} is {given.get(name)}, its settings require {expected.get(name)}"
             )
     full = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     if not all(bool(value.isfinite().all()) for value in full.values()):

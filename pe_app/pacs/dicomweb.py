@@ -323,7 +323,7 @@ class Archive:
                 if uid in taken:
                     stored.append(uid)
                 else:
-                    failed[uid] = refused.get(uid, "the archive does not say that it stored it")
+                    failed[uid] = refused.get(uid, "the archive does not confirm that it stored it")
         progress(Progress("send to the archive", len(uids), len(uids)))
         return Stored(tuple(stored), failed)
 
@@ -528,7 +528,7 @@ class Archive:
         if isinstance(answer, list) and len(answer) == 1:
             answer = answer[0]
         if not isinstance(answer, dict) or not {"00081198", "00081199"} & answer.keys():
-            raise self._nonsense("its answer does not say which instances were stored")
+            raise self._nonsense("its answer does not list which instances were stored")
         return answer
 
     # What went wrong

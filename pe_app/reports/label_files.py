@@ -258,8 +258,8 @@ def _column(heading: str) -> str:
 def _check_keys(columns: Sequence[str], name: str) -> None:
     if not set(columns) & {"study", "accession", "study_uid"} and not {"patient", "date"} <= set(columns):
         raise InputError(
-            f"{name}: no column tells whose report it is: name one study, accession or study_uid, or two patient and "
-            "date"
+            f"{name}: no column identifies the study of a report: name one study, accession or study_uid, or two "
+            "patient and date"
         )
 
 
@@ -268,7 +268,7 @@ def _key(values: Mapping[str, str], place: str) -> ReportKey:
     key = key._replace(date=iso_date(key.date, place))
     if not _names(key):
         raise InputError(
-            f"{place}: nothing tells whose report it is: fill in {', '.join(KEYS[:3])} or patient and date"
+            f"{place}: nothing identifies the study of this report: fill in {', '.join(KEYS[:3])} or patient and date"
         )
     return key
 

@@ -136,7 +136,7 @@ def test_an_outline_outside_of_what_was_reviewed_is_refused(hospital, tmp_path):
 
 @pytest.mark.parametrize("words", ["", "some", "9-3", "-4", "a-b", "3"])
 def test_what_was_reviewed_is_never_guessed(words):
-    with pytest.raises(InputError, match="which slices the reader looked at"):
+    with pytest.raises(InputError, match="give the slices the reader saw"):
         parse_reviewed(words)
 
 

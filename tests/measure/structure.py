@@ -12,9 +12,11 @@ import argparse
 import ast
 import subprocess
 import sys
-import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 
 def modules(package: Path) -> dict[str, Path]:
@@ -90,18 +92,31 @@ def seconds(*command: str) -> float:
     return min(times)
 
 
-def installation(checkout: Path, extra: str) -> tuple[int, float]:
-    """Packages and megabytes of an installation in a fresh environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        python = Path(folder) / "bin" / "python"
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        subprocess.run([*pip, "install", f"{checkout}{extra}"], check=True)
-        listed = subprocess.run([*pip, "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
-        place = next((Path(folder) / "lib").glob("python*"))
-        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file() and not path.is_symlink())
-        own = {"pip", "setuptools"}
-        return sum(line.partition("==")[0] not in own for line in listed.split()), size / 1e6
+def installation(extra: str) -> tuple[int, int, float, float]:
+    """Packages that an installation brings, those of CUDA among them, and megabytes without and of these.
+
+    Measured on the packages of this environment, which must hold all extras, by their own lists of files.
+    """
+    found: dict[str, metadata.Distribution] = {}
+    left, seen = [("pe-app", frozenset({extra, ""}))], set()
+    while left:
+        name, extras = left.pop()
+        if (name.lower(), extras) in seen:
+            continue
+        seen.add((name.lower(), extras))
+        try:
+            found[name.lower().replace("_", "-")] = distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another system
+        for line in distribution.requires or ():
+            needed = Requirement(line)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": each}) for each in extras):
+                left.append((needed.name, frozenset({*needed.extras, ""})))
+    del found["pe-app"]
+    sizes = {name: sum(file.size or 0 for file in each.files or ()) / 1e6 for name, each in found.items()}
+    cuda = {name for name in sizes if name.startswith(("nvidia", "triton", "cuda"))}
+    own = sum(size for name, size in sizes.items() if name not in cuda)
+    return len(sizes), len(cuda), own, sum(sizes[name] for name in cuda)
 
 
 def main() -> None:
@@ -128,9 +143,9 @@ def main() -> None:
         print(f"seconds of import pe_app: {seconds('-c', 'import pe_app'):.2f}")
         print(f"seconds of pe-app --help: {seconds('-m', 'pe_app', '--help'):.2f}")
     if given.installs:
-        for extra in ("", "[all]"):
-            count, size = installation(given.checkout, extra)
-            print(f"installation pe-app{extra}: {count} packages, {size:.0f} MB")
+        for extra in ("", "all"):
+            count, of_cuda, size, more = installation(extra)
+            print(f"pe-app[{extra}]: {count} packages, {of_cuda} of them CUDA; {size:.0f} MB, CUDA {more:.0f} MB more")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def rewritten(path, settings=None, weights=None):
     ("settings", "message"),
     [
         ({"format": "other"}, "not a model of this program"),
-        ({"encoder": {"slices_per_slab": 5, "width": 100000}}, "its settings say"),
+        ({"encoder": {"slices_per_slab": 5, "width": 100000}}, "its settings require"),
         ({"slabs": "{"}, "settings cannot be used"),
         ({"slabs": {"crop": 7}}, "settings cannot be used"),
         ({"card": {"name": "x", "version": "1", "encoder": {"studies": 3}, "classifier": None}}, "settings"),

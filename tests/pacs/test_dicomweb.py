@@ -457,7 +457,7 @@ def test_instances_that_the_archive_refuses_are_named_with_their_reasons(tmp_pat
         assert outcome.failed == {
             uids[2]: "the archive does not take this kind of object (0x0122)",
             uids[3]: "the archive is full (0xA702)",
-            uids[4]: "the archive does not say that it stored it",
+            uids[4]: "the archive does not confirm that it stored it",
         }
 
 
@@ -465,7 +465,7 @@ def test_instances_that_the_archive_refuses_are_named_with_their_reasons(tmp_pat
     ("misbehave", "error", "says"),
     [
         (answer("<html>", "text/html"), InputError, "expected DICOM JSON"),
-        (answer("[]"), InputError, "does not say which instances were stored"),
+        (answer("[]"), InputError, "does not list which instances were stored"),
         (answer("too large", status=413), InputError, "413"),
         (answer("", status=302, Location="https://elsewhere"), InputError, "302 .* to https://elsewhere"),
         (answer("", status=503), Unavailable, r"fails at the moment .*\(0 of 3 instances were stored before\)"),

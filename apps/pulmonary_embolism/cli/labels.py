@@ -36,7 +36,7 @@ def show_label(
     revision: Revision,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of its label file.")] = None,
 ) -> None:
-    """What one save said; of an annotation slice by slice."""
+    """The contents of one save; of an annotation slice by slice."""
     entry, file = open_store(studies).version(study, revision)
     typer.echo(f"{study}  {_line(entry)}")
     for reviewed in entry.get("annotation", {}).get("slices", ()):

@@ -53,7 +53,7 @@ class Door:
         if self.certificate is None and not is_loopback(host) and not self.plain_http:
             raise InputError(
                 f"--host {host}: tokens and images would cross the network readable by all: give --certificate "
-                "and --key, or listen on 127.0.0.1 behind a proxy that speaks https, or say --plain-http where the "
+                "and --key, or listen on 127.0.0.1 behind a proxy that speaks https, or give --plain-http where the "
                 "network itself is encrypted"
             )
         if self.certificate is not None:
