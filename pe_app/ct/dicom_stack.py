@@ -89,7 +89,7 @@ def choose_stack(found: Mapping[str, list[SliceHeader]], folder: Path, series: s
     faults = {uid: unsuitable(slices) for uid, slices in found.items()}
     usable = in_order_of_choice([slices for uid, slices in found.items() if faults[uid] is None])
     if not usable:
-        raise _none_usable({uid: fault for uid, fault in faults.items() if fault is not None})
+        raise _none_usable({_called(found[uid][0]): fault for uid, fault in faults.items() if fault is not None})
     stack = _first_stack(usable)
     if len(found) > 1:
         taken = stack.slices[0].series
@@ -283,9 +283,17 @@ def _length_mm(slices: Sequence[SliceHeader]) -> float:
     return float(np.ptp([one.position_mm @ slices[0].normal for one in slices]))
 
 
+def _called(one: SliceHeader) -> str:
+    """A series by its UID, with number and description, by which people know it."""
+    known = " ".join(
+        part for part in (str(one.number or ""), f"'{one.description}'" if one.description else "") if part
+    )
+    return f"series {one.series} ({known})" if known else f"series {one.series}"
+
+
 def _none_usable(faults: Mapping[str, InputError]) -> InputError:
     """What to say of a folder without a usable series: the faults, and the code that all of them amount to."""
-    reasons = "; ".join(f"series {uid}: {fault}" for uid, fault in list(faults.items())[:3])
+    reasons = "; ".join(f"{name}: {fault}" for name, fault in list(faults.items())[:3])
     more = f"; and {len(faults) - 3} series more" if len(faults) > 3 else ""
     text = f"{reasons}{more}: a study needs the folder with all slices of an axial CT series"
     codes = {fault.code if isinstance(fault, UnfitStudy) else "" for fault in faults.values()}

@@ -115,8 +115,8 @@ class Share:
         return cls(count["analysed"], count["refused"], count["failed"], max(0, total - len(outcomes)))
 
     def __str__(self) -> str:
-        done = self.analysed + self.refused + self.failed
-        return f"{self.analysed} of {done} analysed ({_percent(self.analysed, done)})"
+        given = self.analysed + self.refused + self.failed + self.waiting
+        return f"{self.analysed} of {given} analysed ({_percent(self.analysed, given)})"
 
     @property
     def details(self) -> str:

@@ -42,7 +42,12 @@ def worklist_page(outcomes: Sequence[Outcome], out: Path, total: int = 0) -> str
     values = {
         "warnings": _warnings(analysed),
         "share": share,
-        "bar": (("done", share.analysed), ("refused", share.refused), ("failed", share.failed)),
+        "bar": (
+            ("done", share.analysed),
+            ("refused", share.refused),
+            ("failed", share.failed),
+            ("waiting", share.waiting),
+        ),
         "model": model,
         "dates": _dates(outcomes),
         "others": others,

@@ -91,6 +91,7 @@ def test_the_share_analysed_stands_at_the_top_and_is_rounded_down():
     outcomes = [analysed(f"a{k}", 0.2) for k in range(37)] + [failed(f"f{k}") for k in range(3)]
     assert str(Share.of(outcomes)) == "37 of 40 analysed (92%)"
     assert "37 of 40 analysed (92%)" in Page(worklist_page(outcomes, Path("nowhere"))).words
+    assert str(Share.of(outcomes[:3], 18)) == "3 of 18 analysed (16%)", "those that wait are not analysed"
     assert str(Share(199, 0, 1)) == "199 of 200 analysed (99%)"  # never 100% while one is missing
     assert Share.of(outcomes[:10], total=40).details == "30 waiting"
 
