@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "ct": (
         "source_series",
         "volume",
+        "dicom_files",
         "dicom_headers",
         "dicom_stack",
         "lost_slices",
@@ -78,12 +79,12 @@ READING_ORDER = tuple((room, *module) for room, modules in ROOMS.items() for mod
 APP = ROOT / "apps" / "pulmonary_embolism"
 APP_ORDER = (
     *("compat", "store.checks", "store.history", "store.index", "store.images", "store.labels", "store.studies"),
-    *("store.archive", "store.models", "store.reads"),
-    *("server.limits", "server.access", "server.blinding", "server.audit", "server.permissions", "server.middleware"),
-    "server.listen",
+    *("store.archive", "store.models", "store.reads", "store.backup", "store.damage"),
+    *("server.limits", "server.access", "server.blinding", "server.audit", "server.permissions", "server.possession"),
+    *("server.temporary", "server.protocol", "server.forms", "server.page", "server.middleware", "server.listen"),
     *("tasks.detection", "tasks.worklist", "tasks.training_process", "tasks.training_queue", "app"),
     *("server.routes", "server.serving", "main"),
-    *("cli.folder", "cli.annotations", "cli.labels", "cli.models", "cli.tokens", "cli.serve"),
+    *("cli.folder", "cli.safekeeping", "cli.annotations", "cli.labels", "cli.models", "cli.tokens", "cli.serve"),
 )
 """Modules of ``pe_monailabel`` in reading order."""
 

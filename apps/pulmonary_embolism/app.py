@@ -113,7 +113,9 @@ class PulmonaryEmbolismApp(MONAILabelApp):
             said = request.get("label_tag") or "original"
             tag = str(getattr(said, "value", said))  # MONAI Label's batches send a member of an enum
             try:
-                self.store.save_label(study, file, tag, {"model": request["model"], "detection": params["model"]})
+                reader = {"reader": request["reader"]} if request.get("reader") else {}
+                info = {"model": request["model"], "detection": params["model"], **reader}
+                self.store.save_label(study, file, tag, info)
             except BaseException:
                 Path(file).unlink(missing_ok=True)  # nobody will be sent it
                 raise
@@ -138,6 +140,8 @@ class PulmonaryEmbolismApp(MONAILabelApp):
             self.store.refresh()
             for study in self.store.to_examine():
                 self.store.facts(study)
+            for study in self.store.to_take_over():
+                self.store.take_over(study)
             self.worklist.states()  # reads what is on disk, so that no request has to
             self._examined = time.monotonic()
         except Exception:

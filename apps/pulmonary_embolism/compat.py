@@ -10,7 +10,7 @@ whoever imports MONAI gets the real one.
 
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec
 class _StandIn(types.ModuleType):
     """A module of which any name can be imported, to be refused when it is used."""
 
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012 - never changed
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import UID, SegmentationStorage
@@ -22,6 +21,7 @@ from pe_app.annotation.record import LONGEST_READER
 from pe_app.annotation.seg_nrrd import on_grid
 from pe_app.annotation.sparse import SparseAnnotation
 from pe_app.common.errors import InputError
+from pe_app.ct.dicom_files import read_whole
 from pe_app.ct.dicom_headers import last_line
 from pe_app.ct.source_series import SourceSeries, read_source, source_path
 from pe_app.ct.volume import Volume, canonical_volume
@@ -136,7 +136,7 @@ def read_drawn_segments(path: Path, segment: str = "") -> DrawnSegments:
         InputError: if it is no binary segmentation, is damaged, or it is not clear which segment is meant.
     """
     try:
-        dataset = pydicom.dcmread(path)
+        dataset = read_whole(path, force=False)
         if dataset.get("SOPClassUID") not in (SegmentationStorage, LABELMAP_STORAGE):
             raise InputError(f"{path.name}: is not a DICOM segmentation (SEG)")
         if dataset.SegmentationType == "FRACTIONAL":

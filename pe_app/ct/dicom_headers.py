@@ -24,6 +24,7 @@ from pydicom.uid import (
 )
 
 from pe_app.common.errors import InputError
+from pe_app.ct.dicom_files import read_header
 
 SPACING_RANGE_MM = (0.1, 30.0)
 """Outside it a header's spacing is a mistake (metres, micrometres, zero)."""
@@ -139,8 +140,7 @@ def read_headers(path: Path) -> list[SliceHeader]:
     if not is_dicom(path):
         return []
     try:
-        with path.open("rb") as file:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_HEADER_TAGS, force=True)
+        header = read_header(path, _HEADER_TAGS)
         if "Rows" not in header or "Columns" not in header or "SeriesInstanceUID" not in header:
             kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
             if kind in (CTImageStorage, *_ENHANCED) and header.get("Modality") in (None, "", "CT"):

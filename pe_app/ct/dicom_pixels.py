@@ -26,8 +26,9 @@ from pydicom.pixels import pixel_array
 from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian
 from scipy import ndimage
 
-from pe_app.common.errors import InputError
+from pe_app.common.errors import InputError, TooLarge
 from pe_app.common.files import files_below
+from pe_app.ct.dicom_files import MAX_BYTES, read_header, read_whole
 from pe_app.ct.dicom_headers import SliceHeader, by_series, header_values, is_dicom, last_line, read_headers
 from pe_app.ct.dicom_stack import Stack, choose_stack
 from pe_app.ct.lost_slices import LostSlice, NamedFile, lost_slices
@@ -145,6 +146,9 @@ def _read_pixels(stack: Stack) -> NDArray[np.int16]:
     """``(slices, rows, columns)`` in HU; one file at a time, straight into one array."""
     voxels = np.empty((0, 0, 0), np.int16)
     count = len(stack.slices)
+    if count * int(np.prod(stack.slices[0].matrix, dtype=np.int64)) * voxels.itemsize > MAX_BYTES:
+        rows, columns = stack.slices[0].matrix
+        raise TooLarge(f"{stack.name}: {count} slices of {rows} x {columns} are more than 1 GiB, which is not read")
     for path, members in groupby(enumerate(stack.slices), key=lambda member: member[1].path):
         dataset = None
         for k, one in members:
@@ -165,7 +169,7 @@ def _read_pixels(stack: Stack) -> NDArray[np.int16]:
 
 
 def _with_pixels(path: Path) -> pydicom.Dataset:
-    dataset = pydicom.dcmread(path, force=True)
+    dataset = read_whole(path)
     if "PixelData" not in dataset:
         raise ValueError("there are no pixels")
     dataset.file_meta.setdefault("TransferSyntaxUID", ImplicitVRLittleEndian)  # missing where there is no preamble
@@ -239,8 +243,7 @@ def _padding(dataset: pydicom.Dataset, stored: NDArray[np.float64], one: SliceHe
 def _source(stack: Stack, root: Path, neighbours: int) -> SourceSeries:
     """The way back to the archive, and what the headers say of the series' fitness."""
     first = stack.slices[0]
-    with first.path.open("rb") as file:
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_RESULT_TAGS, force=True)
+    header = read_header(first.path, _RESULT_TAGS)
     thickness = {one.thickness_mm for one in stack.slices if np.isfinite(one.thickness_mm)}
     scanner = f"{header.get('Manufacturer') or ''} {header.get('ManufacturerModelName') or ''}"
     facts = SeriesFacts(

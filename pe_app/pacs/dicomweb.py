@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
-import pydicom
 import requests
 import urllib3
 from python_multipart import MultipartParser
@@ -34,6 +33,7 @@ from requests.auth import HTTPBasicAuth
 from pe_app.common.errors import InputError
 from pe_app.common.files import making_folder
 from pe_app.common.progress import Progress, ProgressCallback, silent
+from pe_app.ct.dicom_files import read_header
 from pe_app.ct.dicom_headers import read_headers
 from pe_app.ct.dicom_stack import arrange
 from pe_app.ct.source_series import unlike_ct
@@ -510,7 +510,7 @@ class Archive:
 
     def _check_instance(self, path: Path, series: ArchiveSeries) -> None:
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+            header = read_header(path, ["SeriesInstanceUID"], force=False)
         except Exception as error:  # pydicom raises nearly anything on damaged bytes
             size = path.stat().st_size
             raise self._nonsense(f"a part of series {series.series}, {size} bytes, is not DICOM") from error
@@ -630,7 +630,7 @@ def _order_of_choice(series: ArchiveSeries) -> tuple[bool, int, int, str]:
 
 def _instance_uid(path: Path) -> str:
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID"])
+        header = read_header(path, ["SOPInstanceUID"], force=False)
         return _checked_uid(str(header.SOPInstanceUID))
     except Exception as error:  # pydicom raises nearly anything on damaged bytes
         raise InputError(f"{path}: it is not a DICOM instance, so it cannot be sent") from error

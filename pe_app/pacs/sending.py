@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydicom
-
 from pe_app.common.errors import InputError
 from pe_app.common.progress import ProgressCallback, silent
+from pe_app.ct.dicom_files import read_header
 from pe_app.pacs.dicomweb import Archive, Unavailable
 
 ATTEMPTS = 2
@@ -35,7 +34,7 @@ def send(archive: Archive, files: Sequence[Path], progress: ProgressCallback = s
     """
     uids, study = {}, ""
     for path in files:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPInstanceUID", "StudyInstanceUID"])
+        header = read_header(path, ["SOPInstanceUID", "StudyInstanceUID"], force=False)
         uids[path], study = str(header.SOPInstanceUID), str(header.StudyInstanceUID)
     held = _held(archive, study) if files else frozenset()
     known = [path for path in files if uids[path] in held]

@@ -20,10 +20,9 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Protocol
 
-import pydicom
-
 from pe_app.common.errors import InputError
 from pe_app.common.files import append_durably
+from pe_app.ct.dicom_files import read_header
 from pe_app.ct.dicom_headers import is_dicom
 from pe_app.ct.lost_slices import NamedFile, lost_slices
 from pe_app.ct.volume_io import SUFFIXES
@@ -177,9 +176,7 @@ class WatchedFolder:
             study = "" if name.endswith(".seg.nrrd") else path.name[: -len(suffix)]
         elif is_dicom(path):
             try:
-                header = pydicom.dcmread(
-                    path, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "Rows"], force=True
-                )
+                header = read_header(path, ["StudyInstanceUID", "Rows"])
                 study = str(header.get("StudyInstanceUID") or "") if "Rows" in header else ""  # reports, DICOMDIR
             except Exception:  # pydicom raises nearly anything on damaged bytes
                 return None

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pydicom
-
 from pe_app.common.errors import InputError
+from pe_app.ct.dicom_files import read_header
 from pe_app.ct.dicom_headers import is_dicom
 from pe_app.ct.volume_io import SUFFIXES
 from pe_app.results.outcome import RESULTS
@@ -124,7 +123,7 @@ def _is_dicom(file: Path) -> bool:
 def _study_uid(file: Path) -> str:
     """Study Instance UID of a DICOM file; its path where it cannot be told, which no other study has."""
     try:
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["StudyInstanceUID"], force=True)
+        header = read_header(file, ["StudyInstanceUID"])
         return str(header.get("StudyInstanceUID") or file)
     except Exception:  # pydicom raises nearly anything on damaged bytes; reading the study says what is wrong
         return str(file)

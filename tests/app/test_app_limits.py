@@ -5,11 +5,13 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import socket
 import stat
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,9 @@ from fastapi import FastAPI
 from small_studies import CLASSIFIER, ENCODER, SLABS
 
 import pe_monailabel.server.audit
+import pe_monailabel.server.limits
 import pe_monailabel.server.middleware
+import pe_monailabel.server.protocol
 from pe_app.common.errors import InputError
 from pe_app.ct.volume_io import write_volume
 from pe_app.model.detector import Detector
@@ -29,6 +33,7 @@ from pe_monailabel.server.access import TokenFile
 from pe_monailabel.server.audit import Audit
 from pe_monailabel.server.middleware import Guard
 from pe_monailabel.server.permissions import RULES
+from pe_monailabel.server.protocol import PunctualProtocol
 
 ROLES = ("reader", "annotator", "admin")
 
@@ -48,12 +53,15 @@ def inside(tmp_path_factory):
     folder = tmp_path_factory.mktemp("limits")
     write_volume(chest(0, emboli=1)[0], folder / "studies" / "one.nrrd")
     Detector.untrained(0, SLABS, ENCODER, CLASSIFIER).save(folder / "model.safetensors")
-    left = folder / "studies" / ".pe" / "tmp" / "999999999" / "of-a-server-that-was-killed"
+    left = folder / "studies" / ".pe" / "tmp" / "999999999-1a2b3c4d.pe-app"
     left.mkdir(parents=True)
     settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES = str(APP), str(folder / "studies")
     settings.MONAI_LABEL_APP_CONF = {"model": str(folder / "model.safetensors")}
     clear_cache()
-    running = uvicorn.Server(uvicorn.Config(server.app, port=0, log_config=None, access_log=False))
+    config = uvicorn.Config(
+        server.app, port=0, log_config=None, access_log=False, proxy_headers=False, http=PunctualProtocol
+    )
+    running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
     thread.start()
     while not running.started and thread.is_alive():
@@ -148,7 +156,14 @@ def test_a_proxy_on_this_machine_opens_no_door_for_others(inside, tmp_path, monk
     monkeypatch.setattr(inside.guard, "tokens", tokens)
     bearer = {"Authorization": f"Bearer {tokens.add('ann', 'reader')}"}
     assert inside.ask("GET", "/pe/studies/one", headers={**forwarded, **bearer}).ok
-    assert lines(inside.studies / ".pe" / "audit.jsonl")[-1]["from"] == "10.1.2.3"
+    line = lines(inside.studies / ".pe" / "audit.jsonl")[-1]
+    assert (line["from"], line["forwarded_for"]) == ("127.0.0.1", "10.1.2.3")
+
+
+def test_a_proxy_that_speaks_https_is_the_origin_of_its_own_pages(inside):
+    page = {"Origin": f"https://127.0.0.1:{inside.port}"}
+    assert inside.ask("GET", "/info/", headers=page).status_code == 403
+    assert inside.ask("GET", "/info/", headers={**page, "X-Forwarded-Proto": "https"}).ok
 
 
 def test_there_are_no_websockets(inside):
@@ -203,6 +218,124 @@ def test_too_many_uploads_at_once_are_told_when_to_come_again(inside, monkeypatc
     answer = inside.ask("PUT", "/datastore/label?image=one", files={"label": ("a.nrrd", b"")})
     assert answer.status_code == 429
     assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_one_reader_takes_not_all_places_for_uploads(inside, tmp_path, monkeypatch):
+    tokens = TokenFile(tmp_path / "tokens.json")
+    ann, bob = ({"Authorization": f"Bearer {tokens.add(name, 'annotator')}"} for name in ("ann", "bob"))
+    monkeypatch.setattr(inside.guard, "tokens", tokens)
+    monkeypatch.setitem(inside.guard._uploads, "ann", pe_monailabel.server.middleware.UPLOADS_OF_ONE)
+    sent = {"files": {"label": ("a.nrrd", b"")}}
+    refused = inside.ask("PUT", "/datastore/label?image=one", headers=ann, **sent)
+    assert refused.status_code == 429
+    assert "from ann" in refused.json()["detail"]
+    assert inside.ask("PUT", "/datastore/label?image=one", headers=bob, **sent).status_code == 422
+
+
+def test_a_form_of_many_small_files_takes_the_memory_of_one(inside, monkeypatch):
+    import starlette.formparsers
+
+    made, spooled = [], starlette.formparsers.SpooledTemporaryFile
+
+    def counted(*arguments, **options):
+        made.append(options.get("max_size"))
+        return spooled(*arguments, **options)
+
+    monkeypatch.setattr(starlette.formparsers, "SpooledTemporaryFile", counted)
+    files = [("label", (f"{number}.nrrd", b"x")) for number in range(900)]
+    answer = inside.ask("PUT", "/datastore/label?image=one", files=files)
+    assert answer.status_code == 400
+    assert "Maximum number of files is 1" in answer.json()["detail"]
+    assert made == [1 << 20]
+    fields = {f"field{number}": "x" for number in range(100)}
+    answer = inside.ask("PUT", "/datastore/label?image=one", data=fields, files={"label": ("a.nrrd", b"x")})
+    assert answer.status_code == 400
+    assert "fields" in answer.json()["detail"]
+
+
+def unfinished(inside, request):
+    """What the server answers to a request that never ends, and that it closes the connection after it."""
+    with socket.create_connection(("127.0.0.1", inside.port), timeout=30) as client:
+        client.sendall(request)
+        answer = b""
+        while block := client.recv(1 << 16):
+            answer += block
+        return answer
+
+
+def test_a_body_that_stalls_is_given_up(inside, monkeypatch):
+    monkeypatch.setattr(pe_monailabel.server.limits, "STALL_SECONDS", 0.3)
+    head = "PUT /datastore/label?image=one HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: 5000\r\n"
+    kind = "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    answer = unfinished(inside, (head + kind).encode())
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"came too slowly" in answer
+    assert inside.guard._uploads.total() == 0
+
+
+def test_a_body_that_drips_is_given_up(inside, monkeypatch):
+    monkeypatch.setattr(pe_monailabel.server.limits, "STALL_SECONDS", 0.3)
+    head = "PUT /datastore/label?image=one HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: 5000\r\n"
+    kind = "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+    kind += '--x\r\nContent-Disposition: form-data; name="label"; filename="a.nrrd"\r\n\r\n'
+    with socket.create_connection(("127.0.0.1", inside.port)) as client:
+        client.sendall((head + kind).encode())
+        client.settimeout(0.05)
+        answer = b""
+        for _ in range(200):
+            with suppress(TimeoutError):
+                answer = client.recv(1 << 16)
+                break
+            client.sendall(b"x")
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_headers_that_do_not_end_are_given_up(inside, monkeypatch):
+    monkeypatch.setattr(pe_monailabel.server.protocol, "HEADER_SECONDS", 0.3)
+    assert unfinished(inside, b"GET /info/ HTTP/1.1\r\nHost: 127.0.0.1\r\n") == b""
+
+
+def test_a_detection_that_is_kept_waits_for_no_other(inside):
+    asked = "/infer/detection?image=one&output=json"
+    first = inside.ask("POST", asked)
+    assert first.ok, first.text
+    with inside.app.detections._turn:  # another one runs
+        again = requests.post(f"http://127.0.0.1:{inside.port}{asked}", timeout=20)
+    assert again.json() == first.json()
+    shutil.rmtree(inside.studies / ".pe" / "detections")
+
+
+def test_a_folder_that_may_not_be_written_is_reported_in_a_sentence(inside, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "datastore_v2.json")
+
+    monkeypatch.setattr(inside.app.store, "update_image_info", refuse)
+    answer = inside.ask("PUT", "/datastore/image/info?image=one", data={"info": '{"pe_label": "negative"}'})
+    assert answer.status_code == 500
+    assert "may not write" in answer.json()["detail"]
+
+
+# --- the front page
+
+
+def test_the_address_opens_the_worklist_in_a_browser_and_tells_programs_what_is_served(inside):
+    assert inside.ask("GET", "/").json()["openapi"] == "/openapi.json"
+    page = inside.ask("GET", "/", headers={"Accept": "text/html,application/xhtml+xml"})
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert "<td>one" in page.text
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert "script" not in page.text
+
+
+def test_without_a_token_the_front_page_shows_nothing_of_the_studies(inside, tmp_path, monkeypatch):
+    tokens = TokenFile(tmp_path / "tokens.json")
+    tokens.add("ann", "reader")
+    monkeypatch.setattr(inside.guard, "tokens", tokens)
+    page = inside.ask("GET", "/", headers={"Accept": "text/html"})
+    assert page.ok
+    assert "pe-app tokens add" in page.text
+    assert "<td>one" not in page.text
+    assert inside.ask("GET", "/").json()["tokens"] is True
 
 
 def test_others_go_on_while_a_ct_that_was_added_is_written(inside, monkeypatch):
@@ -309,7 +442,7 @@ def test_no_upload_leaves_a_temporary_file_whether_it_succeeds_or_not(inside, mo
 
 
 def test_what_a_killed_server_left_is_gone(inside):
-    assert not inside.left.parent.exists()
+    assert not inside.left.exists()
 
 
 def test_a_client_that_goes_away_in_mid_upload_leaves_nothing(inside):

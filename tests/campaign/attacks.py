@@ -229,6 +229,8 @@ def bodies(world: World) -> Iterator[Bad]:
     for path in NOT_SERVED:
         yield f"POST {path}", _ask(world, "POST", path), REFUSED
     many = {f"k{number}": "v" for number in range(2000)}
+    files = [("label", (f"{number}.nrrd", b"x")) for number in range(900)]
+    yield "900 files", _ask(world, "PUT", f"/datastore/label?image={STUDIES[0]}", files=files), REFUSED
     yield "2000 fields", _ask(world, "PUT", f"/datastore/image/info?image={STUDIES[0]}", data=many), OR_READ
 
 

@@ -116,7 +116,7 @@ class Journal:
         """What counts now by what a client gets: the content of a save; None where there is nothing."""
         entry = (index or self.index())[study]
         if kind == "study label":
-            return entry["image"]["info"].get("note")
+            return entry["image"]["info"].get("client_info", {}).get("note")
         if kind == "label info":
             return entry["labels"].get("reviewed", {}).get("info", {}).get("segmentationMeta", {}).get("comment")
         tags = ("second",) if kind == "label" else ("draft", "final")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from pe_monailabel.cli import labels, models, tokens
+from pe_monailabel.cli.safekeeping import backup, check, restore
 from pe_monailabel.cli.serve import serve
 
 PANEL = "Serve readers"
@@ -17,4 +18,7 @@ app = typer.Typer()
 app.command(rich_help_panel=PANEL)(serve)
 app.add_typer(labels.app, name="labels", rich_help_panel=PANEL)
 app.add_typer(models.app, name="models", rich_help_panel=PANEL)
+app.command(rich_help_panel=PANEL)(backup)
+app.command(rich_help_panel=PANEL)(restore)
+app.command(rich_help_panel=PANEL)(check)
 app.add_typer(tokens.app, name="tokens", rich_help_panel=PANEL)

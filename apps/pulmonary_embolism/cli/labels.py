@@ -10,6 +10,7 @@ import typer
 
 from pe_app.common.errors import InputError
 from pe_monailabel.cli.folder import CLIENT, StudiesFolder, open_store
+from pe_monailabel.store.checks import printable
 
 StudyId = Annotated[str, typer.Argument(metavar="STUDY", help="As the server calls it.", show_default=False)]
 Revision = Annotated[str, typer.Argument(help="As labels list shows it.", show_default=False)]
@@ -40,9 +41,8 @@ def show_label(
     entry, file = open_store(studies).version(study, revision)
     typer.echo(f"{study}  {_line(entry)}")
     for reviewed in entry.get("annotation", {}).get("slices", ()):
-        typer.echo(
-            f"  slice {reviewed['slice_index']} (z {reviewed['z_mm']:.1f} mm): {reviewed['state']} {reviewed['reader']}"
-        )
+        place = f"slice {reviewed['slice_index']} (z {reviewed['z_mm']:.1f} mm)"
+        typer.echo(printable(f"  {place}: {reviewed['state']} {reviewed['reader']}"))
     if out is not None:
         if file is None:
             raise InputError(f"version {revision} of study {study} has no label file")
@@ -100,4 +100,4 @@ def _line(entry: dict[str, Any]) -> str:
     }
     said = "  ".join(f"{word} {value}" for word, value in words.items() if value)
     current = "  *" if entry["current"] else ""
-    return f"{entry['revision']}  {entry['time']}  {entry['kind']} {what}  {slices}  {said}{current}"
+    return printable(f"{entry['revision']}  {entry['time']}  {entry['kind']} {what}  {slices}  {said}{current}")

@@ -7,6 +7,7 @@ answer <- a line in the audit log, headers <- the app
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -18,8 +19,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pe_monailabel.server.access import Caller, Role, TokenFile
 from pe_monailabel.server.audit import Audit
-from pe_monailabel.server.limits import FORM_BYTES, RETRY_SECONDS, UPLOAD_BYTES, UPLOADS_AT_ONCE, limited
-from pe_monailabel.server.permissions import Asked, Rule, asked
+from pe_monailabel.server.limits import (
+    FORM_BYTES,
+    RETRY_SECONDS,
+    UPLOAD_BYTES,
+    UPLOADS_AT_ONCE,
+    UPLOADS_OF_ONE,
+    limited,
+)
+from pe_monailabel.server.permissions import LONGEST, Asked, Rule, asked
+from pe_monailabel.server.possession import Possession
+from pe_monailabel.server.temporary import TemporaryFolder
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -39,16 +49,20 @@ class Guard:
         hosts: names besides this machine's under which the server is reached; None for no others, not even addresses.
         upload_bytes: the largest request with a file.
         audit: where it is written down.
+        possession: of the folder, once it is this server's.
+        temporary: where uploads are kept while they are checked.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._routes = routes
-        self._uploads = 0
+        self._uploads: Counter[str] = Counter()
         self.tokens: TokenFile | None = None
         self.hosts: frozenset[str] | None = None
         self.upload_bytes = UPLOAD_BYTES
         self.audit: Audit | None = None
+        self.temporary: TemporaryFolder | None = None
+        self.possession: Possession | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection."""
@@ -68,7 +82,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *HEADERS]
+                given = list(message.get("headers", ()))
+                own = {name for name, _ in given}
+                message["headers"] = [*given, *(header for header in HEADERS if header[0] not in own)]
                 await self._write_down(request, scope, status)
             await send(message)
 
@@ -77,30 +93,45 @@ class Guard:
             state["tokens"] = self.tokens
             state["caller"] = self._caller(scope, request.rule)
             body = limited(scope, receive, self.upload_bytes if request.rule.upload else FORM_BYTES)
-            if request.rule.upload and self._uploads >= UPLOADS_AT_ONCE:
-                raise HTTPException(429, "too many uploads at once: try again", {"Retry-After": RETRY_SECONDS})
+            if request.rule.upload:
+                self._check_uploads(state["caller"].name)
         except HTTPException as refusal:
             refused = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
             await refused(scope, receive, sealed)
             return
-        self._uploads += request.rule.upload
+        uploader = state["caller"].name
+        if request.rule.upload:
+            self._uploads[uploader] += 1
+        if self.temporary is not None:
+            self.temporary.ensure()
         try:
             await self._app(scope, body, sealed)
         finally:
-            self._uploads -= request.rule.upload
+            if request.rule.upload:
+                self._uploads[uploader] -= 1
             if status is None:  # the connection broke, or the server stops
                 await self._write_down(request, scope, None)
+
+    def _check_uploads(self, reader: str) -> None:
+        """Refuse more uploads at once than the server takes, or than one reader may send of them."""
+        too_many = "too many uploads at once"
+        if self._uploads.total() >= UPLOADS_AT_ONCE:
+            raise HTTPException(429, f"{too_many}: try again", {"Retry-After": RETRY_SECONDS})
+        if reader and self._uploads[reader] >= UPLOADS_OF_ONE:
+            raise HTTPException(429, f"{too_many} from {reader}: try again", {"Retry-After": RETRY_SECONDS})
 
     def _check_origin(self, scope: Scope) -> None:
         """Refuse other machines where nobody proves anything, names not ours (DNS rebinding), and foreign web pages."""
         client = scope.get("client")
-        if self.tokens is None and client is not None and not is_loopback(client[0]):
+        headers = Headers(scope=scope)
+        others = [name.strip() for name in headers.get("x-forwarded-for", "").split(",") if name.strip()]
+        peers = [client[0]] if client is not None else []
+        if self.tokens is None and not all(is_loopback(peer) for peer in (*peers, *others)):
             raise HTTPException(
                 403,
                 "without tokens this server answers programs on its own machine only: start it with --tokens, or "
                 "reach it through SSH",
             )
-        headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(_host_of(f"//{hosts[0]}")):
             raise HTTPException(
@@ -108,8 +139,10 @@ class Guard:
                 "the request names another host than this server: use 127.0.0.1"
                 + ("" if self.hosts is None else ", its address, or a name given to pe-app serve with --allow-host"),
             )
-        own = f"{scope.get('scheme', 'http')}://{hosts[0]}".lower()
-        foreign = any(value.lower() != own for value in headers.getlist("origin"))
+        # a proxy may speak https for this server
+        schemes = {scope.get("scheme", "http"), headers.get("x-forwarded-proto", "http")}
+        own = {f"{scheme}://{hosts[0]}".lower() for scheme in schemes}
+        foreign = any(value.lower() not in own for value in headers.getlist("origin"))
         if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise HTTPException(403, "requests from web pages of other servers are refused")
 
@@ -145,9 +178,11 @@ class Guard:
             return
         state = scope["state"]
         caller = state.get("caller")
+        forwarded = Headers(scope=scope).get("x-forwarded-for", "")
         entry = {
             "who": caller.name if caller and caller.name else None,
             "from": scope["client"][0] if scope.get("client") else None,
+            **({"forwarded_for": forwarded[:LONGEST]} if forwarded else {}),  # as the request claims
             "did": "refused" if refused else request.rule.does,
             "request": request.request,
             **request.about,

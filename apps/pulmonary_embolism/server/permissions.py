@@ -48,6 +48,7 @@ LONGEST = 200
 """Characters of a name that are written to the audit log."""
 
 RULES: dict[str, Rule] = {
+    "GET /": _OPEN,
     "GET /auth/": _OPEN,
     "POST /auth/token": _OPEN,
     "GET /auth/token/valid": _LOOK,

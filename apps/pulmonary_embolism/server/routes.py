@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Form, HTTPException, Request, Response, UploadFile
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.task import AsyncTask
 from requests_toolbelt import MultipartEncoder
 
 from pe_app.common.errors import InputError
+from pe_monailabel.server import page
 from pe_monailabel.server.access import Caller, Role
 from pe_monailabel.server.blinding import STRATEGIES as BLIND_STRATEGIES
 from pe_monailabel.server.blinding import Blinded
+from pe_monailabel.server.forms import BoundedRoute
 from pe_monailabel.server.limits import READING, RETRY_SECONDS
 from pe_monailabel.server.permissions import LONGEST
-from pe_monailabel.store.checks import finite_json, split_ending
+from pe_monailabel.store.checks import finite_json, printable, split_ending
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 JsonText = Annotated[str, Form()]
 JsonObject = Annotated[dict[str, Any] | None, Body()]
@@ -54,6 +56,22 @@ class Output(StrEnum):
 
 
 # --- MONAI Label's routes, with checks
+
+
+@router.get("/", tags=["App"], response_class=HTMLResponse)
+def front_page(request: Request, who: Who) -> Response:
+    """The worklist for a browser, and for programs what is served; of the studies nothing without a token."""
+    app = app_instance()
+    open_to_all = request.state.tokens is None
+    if "text/html" not in request.headers.get("accept", ""):
+        served = {"name": app.name, "version": app.version, "tokens": not open_to_all, "openapi": "/openapi.json"}
+        return JSONResponse(served)
+    if not open_to_all and not who.name:
+        return HTMLResponse(page.door_page(), headers=page.HEADERS)
+    app.examine_new_studies()
+    model = app.detections.model
+    rows = [app.blinding.row(row, who, who.name) for row in app.worklist.rows()]
+    return HTMLResponse(page.worklist_page(rows, f"{model.name} {model.version}"), headers=page.HEADERS)
 
 
 @router.get("/info/", tags=["App"])
@@ -95,7 +113,7 @@ def next_study(request: Request, strategy: str, who: Who, params: JsonObject = N
     if not found:
         return {}
     request.state.study = found["id"]
-    return {**found, **app.store.get_image_info(found["id"])}
+    return {**app.store.get_image_info(found["id"]), **found}
 
 
 def _next_blinded(request: Request, strategy: str, who: Caller, said: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +139,7 @@ def infer(model: str, who: Who, image: str = "", params: JsonText = "{}", output
     said = _json(params)
     app_instance().blinding.check(image, who, _reader(who, said))
     request = {name: said[name] for name in ("job", "save_label", "label_tag") if name in said}
+    request["reader"] = who.name
     if request.get("save_label") and not who.role.includes(Role.ANNOTATOR):
         raise HTTPException(403, f"{who.name} has the role {who.role}, which saves no labels")
     result = app_instance().infer({**request, "model": model, "image": image})
@@ -191,9 +210,7 @@ def update_image_info(request: Request, image: str, who: Who, info: JsonText = "
 def update_label_info(label: str, tag: str, who: Who, info: JsonText = "{}", params: JsonText = "{}") -> dict[str, Any]:
     """Say something of a label, as the stock Reviewer does."""
     said = {**_json(params), **_json(info)}
-    if who.name:  # the label stays its reader's
-        said = {**{name: value for name, value in said.items() if name != "reader"}, "edited_by": who.name}
-    app_instance().datastore().update_label_info(label, tag, said)
+    app_instance().datastore().update_label_info(label, tag, {**said, **({"reader": who.name} if who.name else {})})
     return {}
 
 
@@ -282,11 +299,14 @@ def take_lease(study: str, who: Who, body: JsonObject = None) -> dict[str, str]:
 
 @router.delete("/pe/studies/{study}/lease", tags=["Pulmonary embolism"])
 def release_lease(study: str, who: Who, body: JsonObject = None) -> dict[str, Any]:
-    """Let others have a study that this reader holds."""
+    """Let others have a study that this reader holds; an admin who says ``force`` lets go whoever holds it."""
     app = app_instance()
     app.datastore().check_study(study)
-    app.leases.release(study, _reader(who, body))
-    return {}
+    forced = bool((body or {}).get("force"))
+    if forced and not who.role.includes(Role.ADMIN):
+        raise HTTPException(403, f"{who.name} has the role {who.role}, which ends no lease of others")
+    released = app.leases.release(study, None if forced else _reader(who, body))
+    return {"released": released, "held_by": app.leases.holder(study) or None}
 
 
 @router.get("/pe/jobs/{job}", tags=["Pulmonary embolism"])
@@ -299,9 +319,13 @@ def job_state(job: str) -> dict[str, Any]:
 
 
 @router.delete("/pe/jobs/{job}", tags=["Pulmonary embolism"])
-def cancel_job(job: str) -> dict[str, Any]:
+def cancel_job(job: str, who: Who) -> dict[str, Any]:
     """Ask a detection to stop; the request that waits for it is answered 409."""
-    if not app_instance().jobs.cancel(job):
+    jobs = app_instance().jobs
+    owner = jobs.owner(job)
+    if owner not in ("", who.name) and not who.role.includes(Role.ADMIN):
+        raise HTTPException(403, f"job {job!r} is {owner}'s: only {owner} or an admin can cancel it")
+    if not jobs.cancel(job):
         raise HTTPException(404, f"no job {job!r} is running")
     return {}
 
@@ -411,7 +435,7 @@ def _seen(request: Request, study: str) -> dict[str, Any]:
     """What is recorded with a save where the client does not say it: the program, and the model that was looked at."""
     app = app_instance()
     app.store.check_study(study)
-    client = request.headers.get("user-agent", "")[:LONGEST]
+    client = printable(request.headers.get("user-agent", ""))[:LONGEST]
     model = app.detections.shown(study)
     return {"client": client, "model_seen": vars(model) if model else None}
 

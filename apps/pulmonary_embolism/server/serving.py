@@ -15,15 +15,13 @@ import inspect
 import json
 import logging
 import os
-import shutil
-import tempfile
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import psutil
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exception_handlers import http_exception_handler
@@ -47,6 +45,9 @@ from pe_monailabel.server.blinding import Blinded
 from pe_monailabel.server.limits import DETECTION_SECONDS, RETRY_SECONDS, Busy, TooLong
 from pe_monailabel.server.listen import Door
 from pe_monailabel.server.middleware import Guard, is_loopback
+from pe_monailabel.server.possession import Possession
+from pe_monailabel.server.protocol import PunctualProtocol
+from pe_monailabel.server.temporary import TemporaryFolder
 from pe_monailabel.store.archive import ArchiveSettings, ArchiveStore
 from pe_monailabel.store.labels import Conflict
 from pe_monailabel.tasks.detection import SERVER_PID
@@ -77,6 +78,9 @@ TELLING = {
     ("GET", "/datastore/label/info"),
 }
 """Those of them that tell of labels."""
+
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What a folder that may not be written answers."""
 
 STATUS: dict[type[Exception], int] = {
     ImageNotFoundException: 404,
@@ -133,8 +137,16 @@ def serve(
     settings.MONAI_LABEL_APP_CONF = {**conf, **(archive.conf() if archive else {})}
     settings.MONAI_LABEL_SERVER_PORT = port
     _tell_tasks()
-    instance = app_instance()
-    instance.models.current()  # a folder or model that cannot be used is said here, before the server starts
+    try:
+        instance = app_instance()
+    except OSError as error:
+        if error.errno not in NOT_ALLOWED:
+            raise
+        raise InputError(
+            f"{studies}: cannot be served, since {error.filename} cannot be written: {error.strerror}"
+        ) from error
+    instance.models.current()  # a folder or model that cannot be used is reported here, before the server starts
+    app.possession = _take(instance.store.private)
     if isinstance(instance.store, ArchiveStore):
         instance.store.follow()
     instance.jobs.seconds = detection_seconds
@@ -151,6 +163,8 @@ def serve(
         ssl_certfile=door.certificate,
         ssl_keyfile=door.key,
         log_config=None,
+        http=PunctualProtocol,
+        proxy_headers=False,  # anybody can write X-Forwarded-For
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=10,
@@ -173,6 +187,13 @@ def _tell_tasks() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # an empty entry is the current folder, too
 
 
+def _take(private: Path) -> Possession:
+    """Keep the folder for this server, which ends if another one takes it."""
+    possession = Possession(private / "server.json", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    possession.take()
+    return possession
+
+
 @asynccontextmanager
 async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     keep_freed_memory()  # pe-app did; MONAI Label's own command does not
@@ -180,30 +201,21 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[None]:
     instance.server_mode(True)
     instance.models.current()
     private = instance.store.private
+    possession = app.possession or _take(private)
     app.audit = Audit(private / "audit.jsonl")
-    _use_temporary_folder(private / "tmp")
+    app.temporary = TemporaryFolder(private / "tmp")
+    app.temporary.use()
     instance.trainings.open()
     instance.examine_new_studies()
     yield
     instance.jobs.cancel_all()
     instance.trainings.close()
+    app.temporary.remove()
+    possession.give_back()
+    app.possession = None
     for method, executor in tasks.background_executors.items():
         executor.shutdown(wait=False, cancel_futures=True)
         tasks.stop_background_task(method)
-
-
-def _use_temporary_folder(folder: Path) -> None:
-    """Let this process put temporary files beside the studies, where there is room for a CT, unlike in memory.
-
-    What servers left there that were killed is removed.
-    """
-    folder.mkdir(exist_ok=True)
-    own = folder / str(os.getpid())
-    for left in folder.iterdir():
-        if left == own or not (left.name.isdecimal() and psutil.pid_exists(int(left.name))):
-            shutil.rmtree(left, ignore_errors=True)
-    own.mkdir(exist_ok=True)
-    tempfile.tempdir = str(own)
 
 
 def _in_a_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,6 +287,12 @@ def _invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
 def _unknown_error(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return JSONResponse({"detail": "the server's disk is full; nothing was changed"}, 507)
+    if isinstance(error, OSError) and error.errno in NOT_ALLOWED:
+        logger.error("%s", error)
+        detail = (
+            "the server may not write into its folder; nothing was changed: its administrator finds the file in the log"
+        )
+        return JSONResponse({"detail": detail}, 500)
     return JSONResponse({"detail": "the server failed at this request; its log says why"}, 500)
 
 

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -275,12 +275,26 @@ class ArchiveStore(StudyStore):
         """
         path = self.image_path(image_id)
         if path.is_file():
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # says when it was used last
+            self._note_use(image_id)
             return
         with self._turns[image_id], self._slots:
             if not path.is_file():
                 self._fetch(image_id, path, progress)
+        self._note_use(image_id)
         self._make_room()
+
+    def _note_use(self, study: str) -> None:
+        used = self.private / "fetches" / f"{study}.used"
+        with suppress(OSError):  # of a full disk: another CT goes first then
+            used.parent.mkdir(exist_ok=True)
+            used.touch()
+
+    def _used(self, ct: Path) -> float:
+        """When a CT was used last."""
+        note = self.private / "fetches" / f"{ct.name.removesuffix(ENDING)}.used"
+        with suppress(FileNotFoundError):
+            return note.stat().st_mtime
+        return ct.stat().st_mtime
 
     def _image_file(self, image_id: str) -> Path:
         self.check_study(image_id)
@@ -371,13 +385,13 @@ class ArchiveStore(StudyStore):
         """Remove the CTs that were not used for longest, as far as the archive has them and nobody annotated them."""
         with self.lock:
             files = [self._folder / name for name in super()._image_files()]
-            used = {path: path.stat() for path in files}
-            over = sum(status.st_size for status in used.values()) - self._settings.cache_gb * 1e9
+            used = {path: self._used(path) for path in files}
+            over = sum(path.stat().st_size for path in files) - self._settings.cache_gb * 1e9
             now = time.time()
-            for path in sorted(files, key=lambda path: used[path].st_atime):
+            for path in sorted(files, key=lambda path: used[path]):
                 study = path.name.removesuffix(ENDING)
-                if over <= 0 or now - used[path].st_atime < GRACE_SECONDS:
+                if over <= 0 or now - used[path] < GRACE_SECONDS:
                     return
                 if study in self._series and not self._is_kept(study):
+                    over -= path.stat().st_size
                     path.unlink()
-                    over -= used[path].st_size

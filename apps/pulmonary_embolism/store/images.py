@@ -1,7 +1,7 @@
 """What is known of each CT without reading it again: identity, reading schedule, or why it cannot be used.
 
 Reading a CT takes seconds, so the last few stay in memory and the facts of all are kept on disk, keyed by the file's
-time and size: a file that is replaced or still being copied is examined again.
+times and size: a file that is replaced or still being copied is examined again.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ def _key(path: Path) -> tuple[object, ...]:
 
 
 def _stamp(path: Path) -> list[object]:
-    """What changes when the file or this program does."""
+    """What changes when the file or this program does: also where a file of the same size and time took its place."""
     status = os.stat(path)
-    return [path.name, status.st_mtime_ns, status.st_size, pe_app.__version__]
+    return [path.name, status.st_mtime_ns, status.st_size, status.st_ctime_ns, pe_app.__version__]
 
 
 def _frozen(value: object) -> object:

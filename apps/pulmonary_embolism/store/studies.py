@@ -41,6 +41,7 @@ from pe_monailabel.store.checks import (
     check_study_name,
     finite_json,
     is_listed,
+    painted_slices,
     read_annotation,
     split_ending,
 )
@@ -53,6 +54,7 @@ from pe_monailabel.store.labels import (
     DRAFT,
     FINAL,
     OWN,
+    PAINTED,
     SEEN,
     STUDY_LABEL_LINE,
     Conflict,
@@ -65,6 +67,9 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED_SECONDS = 3600.0
 """Files that a killed process was writing go when they are older than that; younger ones may be being written."""
+
+CLIENT_INFO = "client_info"
+"""Where the info of a study keeps what clients said of it, other than its label."""
 
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\..+")
 
@@ -87,6 +92,7 @@ class ReviewState:
         revision: of the annotation; None where there is none.
         tag: ``draft``, ``final`` or None.
         embolism: whether a slice with embolism is among them.
+        image_sha256: of the CT that was reviewed; "" where it is not known.
     """
 
     state: str = "not_started"
@@ -94,6 +100,20 @@ class ReviewState:
     revision: str | None = None
     tag: str | None = None
     embolism: bool = False
+    image_sha256: str = ""
+
+    def on(self, facts: ImageFacts | None) -> ReviewState:
+        """The review of a CT as it is now: one of a former CT does not count, only its revision is known."""
+        if not self.is_outdated(facts):
+            return self
+        return ReviewState(revision=self.revision, tag=self.tag, image_sha256=self.image_sha256)
+
+    def is_outdated(self, facts: ImageFacts | None) -> bool:
+        """Whether the CT was replaced since it was reviewed."""
+        return bool(self.image_sha256 and facts and facts.sha256 and facts.sha256 != self.image_sha256)
+
+
+OUTDATED = "the CT was replaced since it was annotated: review it again, or put the former CT back"
 
 
 class StoreLock:
@@ -116,6 +136,9 @@ class StoreLock:
         self._threads.release()
 
 
+_OF_LABEL = (*OWN, *SEEN, "pe_label", "reader", "based_on")
+"""What the record of a study's label holds that no client said of the study."""
+
 _LABEL_ABSENT = {"label_reader": "", "label_time": "", "label_revision": None}
 
 
@@ -132,6 +155,10 @@ class StudyStore(LocalDatastore):
     def __init__(self, studies: str | Path) -> None:
         self.root = Path(studies).resolve()
         self.private = self.root / ".pe"
+        check_inside(self.private, self.root)
+        for path in self.private.iterdir() if self.private.is_dir() else ():
+            if path.is_symlink():  # what it leads to would be changed, and temporary files there removed
+                raise InputError(f"{path}: is a link: put the folder or file itself there")
         for folder in (self.private, self.private / "history", self.private / "images", self.root / "labels"):
             check_inside(folder, self.root)
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +173,7 @@ class StudyStore(LocalDatastore):
         check_inside(self._folder, self.root)
         self._folder_time = 0
         self._unshown: set[str] = set()
+        self._not_taken: set[str] = set()
         self._listed = _listed_studies(self._folder)
         endings = [f"*{ending}" for ending in IMAGE_ENDINGS]
         super().__init__(str(self.root), images_dir, extensions=endings, auto_reload=False)
@@ -265,15 +293,32 @@ class StudyStore(LocalDatastore):
         return {name: info.get(name, absent) for name, absent in _LABEL_ABSENT.items()}
 
     def studies(self) -> tuple[Study, ...]:
-        """Every usable study with its label and annotation, for training."""
+        """Every usable study with its label and annotation, for training; ``left_out`` names the others."""
         studies = []
+        left_out = self.left_out()
         for image_id in self.to_train():
-            if not self.facts(image_id).reason:
+            if image_id not in left_out and not self.facts(image_id).reason:
                 path = self.image_path(image_id)
                 listed = self._listed.get(image_id) or Study(image_id, path)
                 label, annotation = self.label(image_id), self.labels.annotation_path(image_id)
                 studies.append(replace(listed, study=image_id, path=path, label=label, annotation=annotation))
         return tuple(studies)
+
+    def left_out(self) -> dict[str, str]:
+        """Annotated studies that no training may learn from, and why."""
+        reasons = {}
+        for image_id in self.to_train():
+            facts = self.facts(image_id)
+            if self.review_state(image_id).tag is not None and facts.reason:
+                reasons[image_id] = facts.reason
+            elif self.review_state(image_id).is_outdated(facts):
+                reasons[image_id] = OUTDATED
+            else:
+                try:
+                    self.labels.annotation_path(image_id)
+                except InputError as error:
+                    reasons[image_id] = str(error)
+        return reasons
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """MONAI Label's info of a CT."""
@@ -303,7 +348,8 @@ class StudyStore(LocalDatastore):
         Args:
             image_id: the study.
             label_filename: a file with the outlines; its ending tells the format.
-            label_tag: a name; of an annotation, the store decides it.
+            label_tag: a name; of an annotation, the store decides it. A label map saved as ``draft`` or ``final``
+                without an annotation becomes one: its painted slices are reviewed, the others are not.
             label_info: finite JSON. ``annotation``: the reviewed slices, schema ``pe-annotation/2`` or 1. ``based_on``:
                 the revision that was edited, None where there was none; leave it out to save in any case.
 
@@ -322,7 +368,8 @@ class StudyStore(LocalDatastore):
         info = {name: value for name, value in info.items() if name not in OWN}
         volume = self.images.volume(path)
         source = Path(label_filename)
-        if annotation is None:
+        plain = annotation is None and line_of(label_tag) == ANNOTATION_LINE
+        if annotation is None and not plain:
             line = line_of(label_tag)
             read_mask(source, volume)
             with self.lock:
@@ -330,14 +377,15 @@ class StudyStore(LocalDatastore):
                 self._check_tag_is_free(image_id, label_tag)
                 if expects:
                     self.labels.check_counts(image_id, line, based_on)
-                if line == ANNOTATION_LINE and self.labels.annotation_path(image_id):
-                    message = f"study {image_id} has a sparse annotation, which a plain label does not replace"
-                    raise self.labels.conflict(f"{message}: save it under another tag", image_id)
-                self.labels.write_file(image_id, label_tag, source, info)
+                self.labels.write_file(image_id, label_tag, source, path, info)
                 self._show(image_id)
                 return self._saved(image_id, line)
 
-        checked = read_annotation(annotation, source, volume)
+        if plain:
+            self._check_tag_is_free(image_id, label_tag)
+            checked = painted_slices(read_mask(source, volume), volume, str(info.get("reader") or ""))
+        else:
+            checked = read_annotation(annotation, source, volume)
         self.images.facts(image_id, path)  # now, not under the lock
         with self.lock:
             self.labels.adopt(image_id, path, {})
@@ -345,7 +393,10 @@ class StudyStore(LocalDatastore):
                 return self._saved(image_id, ANNOTATION_LINE)  # sent again, because the first answer got lost
             if expects:
                 self.labels.check_counts(image_id, ANNOTATION_LINE, based_on)
-            self.labels.write_annotation(image_id, path, checked, info)
+            if plain and not self.labels.may_be_painted_over(image_id):
+                message = f"study {image_id} has a sparse annotation, which a plain label does not replace"
+                raise self.labels.conflict(f"{message}: save it under another tag", image_id)
+            self.labels.write_annotation(image_id, path, checked, {**info, **({PAINTED: True} if plain else {})})
             self._show(image_id)
             return self._saved(image_id, ANNOTATION_LINE)
 
@@ -414,13 +465,17 @@ class StudyStore(LocalDatastore):
         with self.lock:
             self.check_study(image_id)
             entry = self._datastore.objects[image_id]
-            shown = {name: value for name, value in said.items() if name not in SEEN}
+            image_info = entry.image.info
+            noted = {name: value for name, value in said.items() if name not in _OF_LABEL}
+            if noted:  # in a place of its own: what the server tells of a study, no client can tell otherwise
+                image_info = {**image_info, CLIENT_INFO: {**image_info.get(CLIENT_INFO, {}), **noted}}
             if "pe_label" in said:
                 reader = str(said.get("reader") or "")
                 if expects and self.labels.check_study_label_counts(image_id, label, reader, based_on):
                     return
-                shown |= label_info(self.labels.write_study_label(image_id, said))  # from here on it counts
-            image = DataModel(ext=entry.image.ext, info={**entry.image.info, **shown})
+                written = self.labels.write_study_label(image_id, said)  # from here on it counts
+                image_info = {**image_info, **label_info(written)}
+            image = DataModel(ext=entry.image.ext, info=image_info)
             changed = {image_id: ImageLabelModel(image=image, labels=entry.labels)}
             if "pe_label" not in said:
                 self._write_index(changed)
@@ -432,12 +487,43 @@ class StudyStore(LocalDatastore):
                 self._index.hold({**self._datastore.objects, **changed})
 
     def update_label_info(self, label_id: str, label_tag: str, info: Mapping[str, Any]) -> None:
-        """Add to what is known of a label, as the stock Reviewer does; files and revision stay."""
+        """Remark on a label, as the stock Reviewer does; ``reader`` says who. Its version stays as it was."""
         said = finite_json(info)
+        reader = str(said.pop("reader", "") or "")
         with self.lock:
             self._check_label(label_id, label_tag)
-            self.labels.add_info(label_id, label_tag, said)
+            self.labels.add_note(label_id, label_tag, reader, said)
             self._show(label_id)
+
+    # What the study list brings
+
+    def to_take_over(self) -> list[str]:
+        """Studies whose list names an annotation that is no version here yet."""
+        return [
+            study
+            for study, listed in self._listed.items()
+            if listed.annotation is not None
+            and study in self._datastore.objects
+            and study not in self._not_taken
+            and ANNOTATION_LINE not in self.history.lines(study)
+        ]
+
+    def take_over(self, study: str) -> None:
+        """Let the annotation of the study list be the first version; one that does not fit the CT is logged."""
+        source = self._listed[study].annotation
+        if source is None:
+            return
+        try:
+            path = self._image_file(study)
+            annotation = SparseAnnotation.read(source, self.images.volume(path))
+            with self.lock:
+                if ANNOTATION_LINE not in self.history.lines(study):
+                    place = source.relative_to(self.root) if source.is_relative_to(self.root) else source
+                    self.labels.write_annotation(study, path, annotation, {"adopted": True, "source": str(place)})
+                    self._show(study)
+        except InputError as error:
+            self._not_taken.add(study)
+            logger.warning("study %s: the annotation of the study list is not taken over: %s", study, error)
 
     # The versions of a study's labels
 
@@ -527,7 +613,11 @@ class StudyStore(LocalDatastore):
         return {
             tag: DataModel(
                 ext=version.ext,
-                info={**version.info, "revision": version.revision, "name": f"{image_id}{version.ext}"},
+                info={
+                    **self.labels.info(image_id, tag, version),
+                    "revision": version.revision,
+                    "name": f"{image_id}{version.ext}",
+                },
             )
             for tag, version in self.labels.current(image_id).items()
         }
@@ -591,8 +681,9 @@ class StudyStore(LocalDatastore):
     def _entry(self, image_id: str, ext: str, held: ImageLabelModel | None) -> ImageLabelModel:
         """What the index is to say of a study, from the files."""
         said = self.history.current(image_id, STUDY_LABEL_LINE)
-        shown = {name: value for name, value in said.info.items() if name not in SEEN} if said else {}
-        shown |= label_info(said) if said else {}
+        shown: dict[str, Any] = dict(label_info(said)) if said else {}
+        if said and (noted := {name: said.info[name] for name in said.info if name not in _OF_LABEL}):
+            shown[CLIENT_INFO] = noted
         info = {"ts": int(time.time()), "name": f"{image_id}{ext}", **shown}
         image = DataModel(ext=ext, info=held.image.info if held else info)
         known = {tag: label.info for tag, label in held.labels.items()} if held else {}
@@ -643,7 +734,8 @@ def review_of(entry: ImageLabelModel) -> ReviewState:
         return ReviewState()
     info = entry.labels[tag].info
     state = "complete" if tag == FINAL else "in_progress"
-    return ReviewState(state, info.get("reviewed", 0), info["revision"], tag, bool(info.get("embolism")))
+    image = str(info.get("image_sha256", ""))
+    return ReviewState(state, info.get("reviewed", 0), info["revision"], tag, bool(info.get("embolism")), image)
 
 
 def _listed_studies(images: Path) -> dict[str, Study]:

@@ -67,11 +67,16 @@ class Jobs:
         self.seconds = seconds
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._cancelled: set[str] = set()
+        self._owners: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def get(self, name: str) -> Job | None:
         """Where a job is."""
         return self._jobs.get(name)
+
+    def owner(self, name: str) -> str:
+        """Who asked for a job; "" for nobody that is known."""
+        return self._owners.get(name, "")
 
     def cancel(self, name: str) -> bool:
         """Ask a job to stop; False if there is none of that name under way."""
@@ -88,8 +93,8 @@ class Jobs:
             self.cancel(name)
 
     @contextmanager
-    def job(self, name: str) -> Iterator[ProgressCallback]:
-        """A job while the block runs: the callback to tell its progress, which stops it when it was cancelled."""
+    def job(self, name: str, owner: str = "") -> Iterator[ProgressCallback]:
+        """A reader's job while the block runs: the callback that takes its progress and ends it if it was cancelled."""
         with self._lock:
             known = self._jobs.get(name)
             if known is not None and known.state in ("waiting", "running"):
@@ -98,8 +103,9 @@ class Jobs:
             if under_way > WAITING_DETECTIONS:
                 raise Busy(f"{under_way} detections are waiting: ask again in a minute")
             self._jobs[name] = Job()
+            self._owners[name] = owner
             while len(self._jobs) > REMEMBERED_JOBS:
-                self._jobs.popitem(last=False)
+                self._owners.pop(self._jobs.popitem(last=False)[0], None)
 
         started: float | None = None
 
@@ -201,7 +207,7 @@ class Detections:
             self._summaries[name] = known
         return known
 
-    def detect(self, study: str, job: str = "") -> tuple[Detection, Path | None]:
+    def detect(self, study: str, job: str = "", owner: str = "") -> tuple[Detection, Path | None]:
         """The detection of a study and the file of its attention volume (None if refused), computed if need be.
 
         Raises:
@@ -209,7 +215,10 @@ class Detections:
             Cancelled: if the job was cancelled.
             Busy: if too many are waiting.
         """
-        with self._jobs.job(job or uuid.uuid4().hex) as report:
+        with self._jobs.job(job or uuid.uuid4().hex, owner) as report:
+            kept = self._kept(study)
+            if kept is not None:  # it waits for nobody
+                return kept
             self._store.have(study, report)  # others detect while this one is fetched
             with self._my_turn(report):
                 report(Progress("read the study", 0, 1))
@@ -225,6 +234,17 @@ class Detections:
                 detection = _read_detection(path, *_stamp(path))
                 self._shown[study] = detection.model
                 return detection, attention if detection.status == "analysed" else None
+
+    def _kept(self, study: str) -> tuple[Detection, Path | None] | None:
+        """What was detected before by the served model, and the file of its attention volume."""
+        detection = self.known(study)
+        if detection is None:
+            return None
+        attention = self._path(detection.image.sha256, self.model.sha256).with_suffix(".nrrd")
+        if detection.status == "analysed" and not attention.is_file():
+            return None
+        self._shown[study] = detection.model
+        return detection, attention if detection.status == "analysed" else None
 
     @contextmanager
     def _my_turn(self, report: ProgressCallback) -> Iterator[None]:
@@ -257,7 +277,9 @@ class DetectionTask(InferTask):
     def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
         """A temporary file, which the caller removes, and the Detection's JSON."""
         study = request["image"]
-        detection, attention = self.detections.detect(study, str(request.get("job") or ""))
+        detection, attention = self.detections.detect(
+            study, str(request.get("job") or ""), str(request.get("reader") or "")
+        )
         volume = None if attention else self.store.volume(study)
         with _result_file() as result:
             self.write(result, study, attention, volume)
@@ -273,7 +295,7 @@ class DetectionTask(InferTask):
 
 
 class CandidatesTask(DetectionTask):
-    """Infer ``candidates``: where to look as a label map on the CT's grid, for the stock Slicer plugin and OHIF."""
+    """Infer ``candidates``: where to look as a label map on the CT's grid, for the stock Slicer plugin."""
 
     def __init__(self, store: StudyStore, detections: Detections) -> None:
         super().__init__(store, detections)

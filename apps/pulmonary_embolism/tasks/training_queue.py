@@ -157,7 +157,11 @@ class Trainings:
 
     def tasks(self) -> list[Task]:
         """What was asked for, in order, by this server and those before it."""
-        return [replace(task, details=self._details(task)) for task in self._tasks.values()]
+        return [self._shown(task) for task in self._tasks.values()]
+
+    def _shown(self, task: Task) -> Task:
+        """As clients see it: the stock Slicer plugin takes the last of the details, so that there is always one."""
+        return replace(task, details=self._details(task) or (task.status.lower(),))
 
     def running(self) -> Task | None:
         """The training that runs now."""
@@ -173,7 +177,7 @@ class Trainings:
             self._keep(stopped)
             if self._process is not None:
                 threading.Thread(target=_end_process, args=(self._process,), daemon=True).start()
-        return stopped
+        return self._shown(stopped)
 
     # With the server
 
@@ -270,6 +274,8 @@ class Trainings:
         write_studies(studies, folder / "studies.csv")
         first = str(self._models.start) if self._models.start else None
         Request(stage.stage, settings, str(self._store.private), first).write(folder)
+        left_out = "".join(f"left out: study {study}: {reason}\n" for study, reason in self._store.left_out().items())
+        write_durably(folder / "log.txt", left_out)
         write_durably(folder / "sha256", fingerprint)
         for old in stage.runs()[:-KEPT_RUNS]:
             shutil.rmtree(old, ignore_errors=True)

@@ -25,7 +25,7 @@ from pe_app.common.errors import InputError
 from pe_app.common.files import write_durably
 from pe_monailabel.store.images import ImageFacts
 from pe_monailabel.store.labels import Conflict
-from pe_monailabel.store.studies import StudyStore, review_of
+from pe_monailabel.store.studies import OUTDATED, StudyStore, review_of
 from pe_monailabel.tasks.detection import Detections, Summary
 
 logger = logging.getLogger(__name__)
@@ -56,24 +56,31 @@ class Lease:
 
 
 class Leases:
-    """Who reads what: two readers who ask at once get different studies. Outlives a restart of the server."""
+    """Who reads what: two readers who ask at once get different studies. Outlives a restart of the server.
+
+    How long a lease lasts is counted by a clock that nobody sets; the time of day is for people, and for a restart,
+    after which a lease lasts no longer than a new one.
+    """
 
     def __init__(self, path: Path, minutes: float = LEASE_MINUTES) -> None:
         self._path = path
         self._seconds = 60 * minutes
         self.lock = threading.RLock()
         self._held: dict[str, Lease] = {}
+        self._ends: dict[str, float] = {}
         if path.is_file():
             try:
                 held = json.loads(path.read_text(encoding="utf-8"))
                 self._held = {study: Lease(str(reader), float(until)) for study, (reader, until) in held.items()}
             except (ValueError, TypeError, AttributeError):
                 path.unlink()  # leases are worth half an hour, not a refusal to start
+        for study, lease in self._held.items():
+            self._ends[study] = time.monotonic() + min(lease.until - time.time(), self._seconds)
 
     def holder(self, study: str) -> str:
         """Who reads a study now; "" for nobody."""
         lease = self._held.get(study)
-        return lease.reader if lease and lease.until > time.time() else ""
+        return lease.reader if lease and self._ends[study] > time.monotonic() else ""
 
     def take(self, study: str, reader: str, *, alone: bool = False) -> Lease:
         """Hold a study from now on for half an hour; whoever holds it already, holds it longer.
@@ -94,6 +101,7 @@ class Leases:
                 raise Conflict(f"study {study} is being read by {holder}")
             lease = Lease(reader, time.time() + self._seconds)
             others = {other: held for other, held in self._held.items() if not (alone and held.reader == reader)}
+            self._ends[study] = time.monotonic() + self._seconds
             self._keep({**others, study: lease})
             return lease
 
@@ -103,8 +111,8 @@ class Leases:
             if self.holder(study) == reader:
                 self.take(study, reader)
 
-    def release(self, study: str, reader: str | None = None) -> None:
-        """Let others have a study.
+    def release(self, study: str, reader: str | None = None) -> bool:
+        """Let others have a study; whether nobody holds it now.
 
         Args:
             study: the study.
@@ -113,9 +121,11 @@ class Leases:
         with self.lock:
             if study in self._held and reader in (None, self._held[study].reader):
                 self._keep({other: lease for other, lease in self._held.items() if other != study})
+            return not self.holder(study)
 
     def _keep(self, held: Mapping[str, Lease]) -> None:
-        self._held = {study: lease for study, lease in held.items() if lease.until > time.time()}
+        self._held = {study: lease for study, lease in held.items() if self._ends[study] > time.monotonic()}
+        self._ends = {study: self._ends[study] for study in self._held}
         content = {study: (lease.reader, lease.until) for study, lease in self._held.items()}
         try:
             write_durably(self._path, json.dumps(content))
@@ -140,7 +150,9 @@ class Worklist:
 
     def _row(self, study: str, entry: ImageLabelModel, model: str) -> dict[str, object]:
         facts = self.store.remembered_facts(study)
-        review = review_of(entry)
+        known = review_of(entry)
+        review = known.on(facts)
+        reason = facts.reason if facts else self.store.not_examined(study)
         said = self._detections.summary(facts, model)
         label, version = self.store.label(study, entry), self.store.label_version(study, entry)
         labelled = review.state == "not_started" and bool(label) and version["label_revision"] is not None
@@ -156,7 +168,8 @@ class Worklist:
             "held_by": self.leases.holder(study) or None,
             "revision": review.revision,
             "usable": facts is None or not facts.reason,
-            "reason": facts.reason if facts else self.store.not_examined(study),
+            "reason": reason or (OUTDATED if known.is_outdated(facts) else ""),
+            "outdated": known.is_outdated(facts),
             "status": said.status if said else None,
             "reasons": list(said.reasons) if said else [],
         }
@@ -165,7 +178,8 @@ class Worklist:
         """All that is known of one study; examines its CT if nobody did."""
         self.store.check_study(study)
         facts = self.store.facts(study)
-        annotation = self.store.labels.annotation_json(study)
+        outdated = self.store.review_state(study).is_outdated(facts)
+        annotation = None if outdated else self.store.labels.annotation_json(study)
         detection = self._detections.show(study)
         states = {entry["slice_index"]: entry["state"] for entry in annotation["slices"]} if annotation else {}
         whys: dict[int, str] = dict.fromkeys(states, "suspicious")
@@ -191,8 +205,10 @@ class Worklist:
 
     def slices(self, study: str) -> tuple[SliceToReview, ...]:
         """The slices of a study still to look at."""
-        schedule = self.store.facts(study).schedule
-        return slices_to_review(schedule, self._detections.known(study), self.store.annotation(study))
+        facts = self.store.facts(study)
+        outdated = self.store.review_state(study).is_outdated(facts)
+        annotation = None if outdated else self.store.annotation(study)
+        return slices_to_review(facts.schedule, self._detections.known(study), annotation)
 
     def _state(self, study: str, entry: ImageLabelModel, model: str) -> StudyState:
         facts = self.store.remembered_facts(study)
@@ -201,7 +217,7 @@ class Worklist:
         known = self._states.get(study)
         if known and known[0] is entry and known[1] is facts and known[2] is said:
             return known[3] if not held_by else replace(known[3], held_by=held_by)
-        review = review_of(entry)
+        review = review_of(entry).on(facts)
         complete = review.state == "complete"  # also a stock client's final label, which has no reviewed slices
         scheduled = len(facts.schedule) if facts else 0
         state = StudyState(

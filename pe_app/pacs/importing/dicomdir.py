@@ -6,9 +6,8 @@ import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-import pydicom
-
 from pe_app.common.errors import InputError
+from pe_app.ct.dicom_files import read_header
 from pe_app.pacs.importing.unpacking import SourceFile
 
 NAME = "DICOMDIR"
@@ -49,7 +48,7 @@ def _listed(directory: SourceFile) -> list[tuple[str, str]]:
     """Series and file name of every image, in the order of the records: a series stands before its images."""
     try:
         listed, series = [], ""
-        for record in pydicom.dcmread(directory.path).DirectoryRecordSequence:
+        for record in read_header(directory.path, force=False).DirectoryRecordSequence:
             if record.DirectoryRecordType == "SERIES":
                 series = str(record.SeriesInstanceUID)
             elif record.DirectoryRecordType == "IMAGE" and "ReferencedFileID" in record:
