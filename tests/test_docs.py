@@ -48,6 +48,9 @@ RUN_ELSEWHERE = {
     "labels": "tests/app",
     "models": "tests/app",
     "tokens": "tests/app",
+    "backup": "tests/app/test_store_damage.py",
+    "restore": "tests/app/test_store_damage.py",
+    "check": "tests/app/test_store_damage.py",
 }
 """Why a documented command does not run here word by word: each is checked for valid verbs and options, though."""
 
