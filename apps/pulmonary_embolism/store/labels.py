@@ -48,7 +48,7 @@ DRAFT, FINAL = "draft", "final"
 
 ANNOTATION_LINE = "annotation"
 STUDY_LABEL_LINE = "study-label"
-PAINTED = "painted"
+PAINTED = "from_label_map"
 """Marks an annotation made from a label map, by a client that knows no reviewed slices."""
 
 COUNTS = ("accepted", "open", "reviewed")
