@@ -60,6 +60,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "predictions",
         "evaluate",
         "pictures",
+        "curves",
         "report",
         "agreement",
     ),

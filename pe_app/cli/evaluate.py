@@ -13,7 +13,7 @@ from pe_app.common.errors import InputError
 
 def evaluate(
     studies: StudyList,
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json, predictions.csv, index.html and report.pdf.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, predictions.csv and index.html.")],
     model: Model = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More models to compare.")] = None,
     untrained_baseline: Annotated[

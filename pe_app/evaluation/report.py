@@ -1,42 +1,31 @@
-"""An evaluation as files: metrics.json, predictions.csv, and the same report as a web page and as PDF."""
+"""An evaluation as files: metrics.json, predictions.csv, and a web page."""
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_curve
 
 import pe_app
-from pe_app.common.files import replacing, write_durably
+from pe_app.common.files import write_durably
 from pe_app.common.progress import ProgressCallback, silent
+from pe_app.evaluation.curves import draw_curves
 from pe_app.evaluation.evaluate import MODEL, Estimate, Evaluation, Localisation, ModelEvaluation
-from pe_app.evaluation.pictures import BACKGROUND, INK, MUTED, draw_pictures
+from pe_app.evaluation.pictures import draw_pictures
 from pe_app.evaluation.predictions import PredictionFile
-from pe_app.evaluation.roc import OperatingPoint, Proportion, proportion
+from pe_app.evaluation.roc import OperatingPoint, Proportion
 from pe_app.model.detection import NOTICE
+from pe_app.results.rendering import data_uri, render
 
 SCHEMA = "pe-evaluation/1"
-
-SHOWN_DISTANCE_MM = 5.0
-"""FROC distance of the figure: half a cell of the attention map."""
-
-COLOURS = ("#ffb000", "#4fb3ff", "#7ee081", "#ff6b5e", "#c792ea", "#f5e663")
-GREYS = {"centred Gaussian": ":", "mean training mask": "--", "untrained network": "-."}
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """A part of the report; page and PDF show it alike."""
+    """A part of the report; text, table, figure."""
 
     title: str
     text: tuple[str, ...] = ()
@@ -60,7 +49,7 @@ class Section:
 def write_evaluation(
     evaluation: Evaluation, out: Path, masks: Path | None = None, progress: ProgressCallback = silent
 ) -> None:
-    """Write metrics.json, predictions.csv, index.html and report.pdf into ``out``, where the detections are kept."""
+    """Write metrics.json, predictions.csv and index.html into ``out``, where the detections are kept."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     write_durably(out / "metrics.json", json.dumps(metrics(evaluation, date), indent=1, allow_nan=False))
     write_durably(out / "predictions.csv", predictions_csv(evaluation))
@@ -74,8 +63,6 @@ def write_evaluation(
         ]
     footer = f"Made {date} by pe-app {pe_app.__version__}."
     write_durably(out / "index.html", web_page(warnings, sections, footer))
-    with replacing(out / "report.pdf") as unfinished:
-        _write_pdf(unfinished, warnings, sections, footer)
 
 
 def metrics(evaluation: Evaluation, date: str) -> dict[str, object]:
@@ -171,6 +158,7 @@ def summary(evaluation: Evaluation) -> tuple[str, ...]:
 def report(evaluation: Evaluation) -> tuple[Section, ...]:
     """Everything but the attention pictures."""
     return (
+        _answer(evaluation),
         _studies(evaluation),
         _results(evaluation),
         Section("Curves", figure=draw_curves(evaluation)),
@@ -183,42 +171,43 @@ def report(evaluation: Evaluation) -> tuple[Section, ...]:
     )
 
 
-def draw_curves(evaluation: Evaluation) -> Figure:
-    """ROC, calibration and FROC of all models, side by side."""
-    figure = Figure(figsize=(15, 5.4), dpi=100, facecolor=BACKGROUND)
-    panels = [figure.add_subplot(1, 3, column) for column in (1, 2, 3)]
-    figure.subplots_adjust(left=0.045, right=0.99, top=0.92, bottom=0.105, wspace=0.2)
-    for draw, axes in zip((_draw_roc, _draw_calibration, _draw_froc), panels, strict=True):
-        axes.set_facecolor(BACKGROUND)
-        axes.tick_params(colors=MUTED, labelsize=9)
-        for spine in axes.spines.values():
-            spine.set_color(MUTED)
-        axes.grid(color="#2b333c", linewidth=0.7)
-        axes.set_axisbelow(True)
-        draw(axes, evaluation)
-        axes.title.set_color(INK)
-        axes.xaxis.label.set_color(MUTED)
-        axes.yaxis.label.set_color(MUTED)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(
-                loc="lower right" if draw is not _draw_froc else "upper left",
-                fontsize=8.5, facecolor="#1b2128", edgecolor="#2b333c", labelcolor=INK,
-            )  # fmt: skip
-    return figure
-
-
 def web_page(warnings: Sequence[str], sections: Sequence[Section], footer: str, title: str = "Evaluation") -> str:
-    """A self-contained HTML page: no script, nothing loaded from elsewhere, every text escaped."""
-    body = "".join(f"<p class=notice>{html.escape(warning)}</p>" for warning in warnings)
-    for section in sections:
-        body += f"<h2>{html.escape(section.title)}</h2>"
-        body += "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in section.text)
-        if section.table:
-            body += _html_table(section.table)
-        if section.figure:
-            picture = base64.b64encode(_png(section.figure)).decode()
-            body += f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{picture}">'
-    return _PAGE.format(title=html.escape(title), body=body, footer=html.escape(footer))
+    """A self-contained page that also prints: no script, nothing loaded from elsewhere, every text escaped."""
+    shown = [
+        {
+            "title": section.title,
+            "text": section.text,
+            "table": section.table,
+            "picture": data_uri(_png(section.figure), "image/png") if section.figure else "",
+        }
+        for section in sections
+    ]
+    others = [warning for warning in warnings if warning != NOTICE]
+    return render("report.html", {"heading": title, "warnings": others, "sections": shown, "footer": footer})
+
+
+def _answer(evaluation: Evaluation) -> Section:
+    """The evaluation in a sentence per model, and its confusion table."""
+    sentences, rows = [], []
+    for model in evaluation.models:
+        truth = model.truth
+        words = [f"On {len(truth)} studies, {int(truth.sum())} with embolism, {model.name}"]
+        if model.discrimination is None:
+            sentences.append(f"{words[0]} has no figures: at least 2 analysed studies of either kind are needed.")
+            continue
+        area, point = model.discrimination.auc, model.discrimination.operating_point
+        found, free = point.sensitivity, point.specificity
+        sentences.append(
+            f"{words[0]} has an AUC of {_interval(Estimate(area.value, area.low, area.high), 2)}; at its threshold of "
+            f"{point.threshold:.2f} it finds {found.count} of {found.total} (sensitivity {found.value:.0%}) and clears "
+            f"{free.count} of {free.total} (specificity {free.value:.0%})."
+        )
+        rows += [
+            (model.name, "embolism", str(found.count), str(found.total - found.count)),
+            (model.name, "no embolism", str(free.total - free.count), str(free.count)),
+        ]
+    head = ("model", "truth", "at or above the threshold", "below")
+    return Section("The answer", tuple(sentences), Table(head, tuple(rows)) if rows else None)
 
 
 def _studies(evaluation: Evaluation) -> Section:
@@ -397,99 +386,6 @@ def _models(evaluation: Evaluation) -> Section:
     return Section("Models", table=Table(("model", "card", "trained on", "decision", "file", "SHA-256"), tuple(rows)))
 
 
-def _draw_roc(axes: Axes, evaluation: Evaluation) -> None:
-    axes.set_title("ROC")
-    axes.plot((0, 1), (0, 1), color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 - specificity", ylabel="sensitivity")
-    for model, colour in _coloured(evaluation):
-        figures = model.discrimination
-        if figures is None:
-            continue
-        false_share, true_share, _ = roc_curve(model.truth, model.probabilities, drop_intermediate=False)
-        area, point = figures.auc, figures.operating_point
-        label = f"{model.name}: AUC {area.value:.3f} ({area.low:.3f} to {area.high:.3f})"
-        axes.plot(false_share, true_share, color=colour, linewidth=1.8, label=label)
-        at, high = 1 - point.specificity.value, point.sensitivity.value
-        axes.errorbar(
-            [at], [high], color=colour, marker="o", markersize=6, linewidth=1.1, markeredgecolor=INK,
-            xerr=[[at - (1 - point.specificity.high)], [1 - point.specificity.low - at]],
-            yerr=[[high - point.sensitivity.low], [point.sensitivity.high - high]],
-        )  # fmt: skip
-    if all(model.discrimination is None for model in evaluation.models):
-        _say(axes, "needs at least 2 positive\nand 2 negative studies")
-    else:
-        _say_below_title(axes, "dot: the model's threshold, with 95% intervals")
-
-
-def _draw_calibration(axes: Axes, evaluation: Evaluation) -> None:
-    axes.set_title("Calibration")
-    axes.plot((0, 1), (0, 1), color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="mean predicted probability", ylabel="observed frequency")
-    for model, colour in _coloured(evaluation):
-        figures = model.discrimination
-        if figures is None:
-            continue
-        bins = figures.calibration.bins
-        said = np.array([part.mean_probability for part in bins])
-        shares = [proportion(round(part.positive_share * part.studies), part.studies) for part in bins]
-        true = np.array([share.value for share in shares])
-        low, high = np.array([share.low for share in shares]), np.array([share.high for share in shares])
-        label = f"{model.name}: Brier {figures.calibration.brier:.3f}, ECE {figures.calibration.expected_error:.3f}"
-        axes.errorbar(
-            said, true, yerr=np.maximum((true - low, high - true), 0), color=colour, linewidth=1.1, marker="o",
-            markersize=4, label=label,
-        )  # fmt: skip
-        if len(evaluation.models) == 1:
-            for x, y, part in zip(said, true, bins, strict=True):
-                axes.annotate(str(part.studies), (x, y), (5, 4), textcoords="offset points", color=MUTED, fontsize=8)
-    if all(model.discrimination is None for model in evaluation.models):
-        _say(axes, "needs at least 2 positive\nand 2 negative studies")
-    elif len(evaluation.models) == 1:
-        _say_below_title(axes, "bars: 95% intervals; numbers: studies")
-
-
-def _draw_froc(axes: Axes, evaluation: Evaluation) -> None:
-    axes.set_title(f"FROC, candidate within {SHOWN_DISTANCE_MM:g} mm of the embolus")
-    axes.set(ylim=(-0.01, 1.01), xlabel="false candidates a study", ylabel="share of emboli found")
-    drawn = False
-    for place, (model, colour) in enumerate(_coloured(evaluation)):
-        for entry in model.localisation:
-            if entry.system != MODEL and place > 0:
-                continue
-            for curve in entry.froc:
-                if curve.distance_mm != SHOWN_DISTANCE_MM:
-                    continue
-                drawn = True
-                rates = [point.false_per_study for point in curve.points]
-                found = np.array([point.sensitivity for point in curve.points])
-                if entry.system != MODEL:
-                    axes.plot(rates, found, color=MUTED, linestyle=GREYS[entry.system], label=entry.system)
-                    continue
-                low = np.array([point.low for point in curve.points])
-                high = np.array([point.high for point in curve.points])
-                axes.errorbar(
-                    rates, found, yerr=np.maximum((found - low, high - found), 0), color=colour, linewidth=1.8,
-                    elinewidth=1.1, marker="o", markersize=5, label=f"{model.name} ({entry.emboli} emboli)",
-                )  # fmt: skip
-                axes.set_xscale("log", base=2)
-                axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    if not drawn:
-        axes.set_xticks(())
-        _say(axes, "needs masks of whole studies\n(a folder masks/ID.nrrd beside the list)")
-
-
-def _say(axes: Axes, words: str) -> None:
-    axes.text(0.5, 0.5, words, color=INK, fontsize=11, ha="center", va="center", transform=axes.transAxes)
-
-
-def _say_below_title(axes: Axes, words: str) -> None:
-    axes.text(0.02, 0.97, words, color=MUTED, fontsize=8.5, va="top", transform=axes.transAxes)
-
-
-def _coloured(evaluation: Evaluation) -> list[tuple[ModelEvaluation, str]]:
-    return [(model, COLOURS[place % len(COLOURS)]) for place, model in enumerate(evaluation.models)]
-
-
 def _model_metrics(model: ModelEvaluation) -> dict[str, object]:
     status = [prediction.status for prediction in model.predictions]
     payload: dict[str, object] = {
@@ -574,90 +470,7 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
-    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
-
-
-_LINES, _COLUMNS, _LARGE = 58, 150, 12.0
-"""Lines and characters of a PDF page of text; size of a heading."""
-
-
-def _write_pdf(path: Path, warnings: Sequence[str], sections: Sequence[Section], footer: str) -> None:
-    """Text and tables flow over landscape pages in one type; every figure has its own page."""
-    lines: list[tuple[str, str]] = [("Evaluation", "#heading")]
-    for warning in warnings:
-        lines += [(line, "#ff6b5e") for line in textwrap.wrap(warning, _COLUMNS)]
-    with PdfPages(path, metadata={"Title": "Evaluation", "Subject": NOTICE}) as pdf:
-        for section in sections:
-            if section.figure:
-                _text_pages(pdf, lines)
-                lines = []
-                section.figure.text(0.005, 0.995, section.title, color=INK, fontsize=10, weight="bold", va="top")
-                pdf.savefig(section.figure, facecolor=BACKGROUND)
-                continue
-            lines += [("", INK), (section.title, "#heading")]
-            for paragraph in section.text:
-                lines += [(line, INK) for line in textwrap.wrap(paragraph, _COLUMNS)]
-            if section.table:
-                lines += [("", INK), *_text_table(section.table)]
-        _text_pages(pdf, [*lines, ("", INK), (footer, MUTED)])
-
-
-def _text_pages(pdf: PdfPages, lines: Sequence[tuple[str, str]]) -> None:
-    for start in range(0, len(lines), _LINES):
-        page = Figure(figsize=(15, 10), facecolor=BACKGROUND)
-        for row, (line, kind) in enumerate(lines[start : start + _LINES]):
-            heading = kind == "#heading"
-            page.text(
-                0.03, 0.965 - row * 0.94 / _LINES, line, va="top", color=INK if heading else kind,
-                family="sans-serif" if heading else "monospace", fontsize=_LARGE if heading else 9.5,
-                weight="bold" if heading else "normal", parse_math=False,
-            )  # fmt: skip
-        pdf.savefig(page, facecolor=BACKGROUND)
-
-
-def _text_table(table: Table) -> list[tuple[str, str]]:
-    """Columns padded to their widest cell; where they are too wide together, the widest ones are wrapped."""
-    columns = list(zip(table.head, *table.rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    while sum(widths) + 2 * len(widths) > _COLUMNS:
-        widths[widths.index(max(widths))] -= 1
-    lines = []
-    for number, row in enumerate((table.head, *table.rows)):
-        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
-        for part in range(max(map(len, cells))):
-            padded = (
-                (cell[part] if part < len(cell) else "").ljust(width) for cell, width in zip(cells, widths, strict=True)
-            )
-            lines.append(("  ".join(padded).rstrip(), INK if number else MUTED))
-    return lines
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-body {{ background: #14181d; color: #e8ecf0; font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1500px;
-  padding: 1rem 1.5rem 3rem; }}
-.notice {{ background: #5c1f1a; color: #fff; font-weight: 600; padding: .5rem 1rem; border-radius: 6px;
-  margin: .4rem 0; }}
-h1 {{ font-size: 1.5rem; margin: 1rem 0 .2rem; }} h2 {{ font-size: 1.1rem; margin: 1.6rem 0 .4rem; }}
-p {{ margin: .3rem 0; max-width: 75rem; }} img {{ width: 100%; border-radius: 6px; margin-top: .5rem; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .88rem;
-  font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #2b333c; }}
-th {{ color: #8d99a6; }} td:last-child {{ overflow-wrap: break-word; }} .muted {{ color: #8d99a6; }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-<p class="muted">{footer}</p>
-</body></html>
-"""
