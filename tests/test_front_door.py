@@ -3,7 +3,9 @@
 import inspect
 import subprocess
 import sys
+import tomllib
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,3 +75,18 @@ def test_a_study_that_the_method_is_not_for_is_a_result_and_a_missing_one_an_err
     assert (refused.detection.status, refused.attention) == ("refused", None)
     with pytest.raises(pe_app.InputError, match="nowhere"):
         pe_app.detect(tmp_path / "nowhere", model=small_model)
+
+
+def test_an_installation_has_every_folder_of_code():
+    root = Path(pe_app.__file__).parents[1]
+    declared = set(
+        tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    )
+    app = root / "apps" / "pulmonary_embolism"
+    folders = {
+        ".".join(name)
+        for base, first in ((root / "pe_app", "pe_app"), (app, "pe_monailabel"))
+        for path in base.rglob("__init__.py")
+        for name in [(first, *path.parent.relative_to(base).parts)]
+    }
+    assert declared == folders
