@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BANNED = {
     r"\bno finding\b": "not a clinical result",
     r"\bmeaningless\b": "not for clinical use",
-    r"\b(is|are|was|were|be|been|being|not) told\b|\btold (of|that|when|to)\b": "reported, shown, given",
+    r"\b(is|are|was|were|be|been|being|not) told\b(?! apart)|\btold (of|that|when|to)\b": "reported, shown, given",
     r"\ba line a (study|slice|series)\b": "one line per study",
     r"\b(slabs|studies|items) a step\b": "per step",
     r"\b[GM]B a study\b|\bslabs a study\b": "per study",
