@@ -141,8 +141,9 @@ def test_the_overlay_glows_on_the_clot_when_asked_and_only_then(study, app):
     assert np.ptp(plain, axis=2).max() < 8  # grey
     red = np.argwhere(glowing[..., 0] - glowing[..., 2] > 40)
     rows, columns = np.argwhere(clot[CLOT_SLICE]).mean(0)
-    fit = 512 / (SHAPE[1])  # the view shows the whole slice
-    assert np.abs(red.mean(0) - np.array([rows + 0.5, columns + 0.5]) * fit).max() < 0.12 * 512
+    size = app.view().size[0]
+    fit = size / SHAPE[1]  # the view shows the whole slice
+    assert np.abs(red.mean(0) - np.array([rows + 0.5, columns + 0.5]) * fit).max() < 0.12 * size
 
 
 def test_a_higher_threshold_shows_less(study, app):
