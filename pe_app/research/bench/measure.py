@@ -204,9 +204,10 @@ class _Steps:
         self.volume = read_volume(series)
         self.detector = (Detector.load(model) if (model := default_model()) else Detector.untrained()).to(device)
         if not isinstance(self.detector.classifier, StudyClassifier):  # the method's stage II is what is timed
-            self.detector = replace(self.detector, classifier=StudyClassifier().to(device).eval())
+            classifier = StudyClassifier(Detector.untrained().classifier.config).to(device).eval()
+            self.detector = replace(self.detector, classifier=classifier)
         self.plain = Detector.untrained().to(device)
-        self.plain_classifier = StudyClassifier().to(device).eval()
+        self.plain_classifier = StudyClassifier(self.plain.classifier.config).to(device).eval()
         for network in (self.plain.encoder, self.plain_classifier):
             textbook.without_shortcuts(network)
         with autocast(device):

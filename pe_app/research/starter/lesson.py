@@ -64,11 +64,11 @@ class LessonSettings:
     """
 
     steps: int = 8000
-    learning_rate: float = 3e-4
-    warm_up: int = 40
+    learning_rate: float = 6e-4
+    warm_up: int = 100
     weight_decay: float = 0.01
     rare: float = 5.0
-    slab_weight: float = 0.2
+    slab_weight: float = 0.5
     strongest: int = 3
     mean_decay: float = 0.998
     clip: float = 5.0
