@@ -115,11 +115,10 @@ def test_the_fast_way_says_the_same_as_direct_float32_and_points_to_the_same_pla
         assert np.linalg.norm(np.subtract(one.centre_lps_mm, other.centre_lps_mm)[:2]) <= cell_mm
 
 
-def test_a_study_is_judged_in_float32_whatever_stage_one_runs_in(detector, monkeypatch):
+def test_a_study_is_judged_in_float32_whatever_stage_one_runs_in(detector):
     features = torch.rand(SLABS.slab_count, 64, 4, 4).half()
-    exact = detector.classifier(features[None].float()).sigmoid().item()
-    monkeypatch.setattr(detector, "precision", "bfloat16")
-    assert detector.classify(features) == pytest.approx(exact, abs=1e-7)
+    exact = detector.classifier.eval()(features[None].float()).sigmoid().item()
+    assert detector.with_precision("bfloat16").classify(features) == pytest.approx(exact, abs=1e-7)
 
 
 def test_cancelling_stops_between_slabs(detector, volume):

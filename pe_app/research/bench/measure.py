@@ -202,10 +202,11 @@ class _Steps:
     def __init__(self, series: Path, folder: Path, device: torch.device, repeats: int) -> None:
         self.series, self.folder, self.device, self.repeats = series, folder, device, repeats
         self.volume = read_volume(series)
-        self.detector = (Detector.load(model) if (model := default_model()) else Detector.untrained()).to(device)
-        if not isinstance(self.detector.classifier, StudyClassifier):  # the method's stage II is what is timed
+        detector = (Detector.load(model) if (model := default_model()) else Detector.untrained()).to(device)
+        if not isinstance(detector.classifier, StudyClassifier):  # the method's stage II is what is timed
             classifier = StudyClassifier(Detector.untrained().classifier.config).to(device).eval()
-            self.detector = replace(self.detector, classifier=classifier)
+            detector = replace(detector, classifier=classifier)
+        self.detector = detector
         self.plain = Detector.untrained().to(device)
         self.plain_classifier = StudyClassifier(self.plain.classifier.config).to(device).eval()
         for network in (self.plain.encoder, self.plain_classifier):
