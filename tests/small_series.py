@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from conftest import dicom_slice
+from small_studies import small_chest
 
 from pe_app.ct.quality import Reason
 from pe_app.ct.volume import Volume
@@ -85,3 +87,29 @@ def detection_of(volume: Volume, *reasons: Reason, refused: bool = False, traine
 def read_turned(write_series, turn: str = "head first, supine", step_mm: float = 3.0) -> tuple[Path, Volume]:
     folder = write_turned(write_series, turn, step_mm)
     return folder, read_volume(folder)
+
+
+def write_dicom(
+    folder: Path, seed: int, series: int = 1, every: int = 1, volume: Volume | None = None, **tags: object
+) -> list[Path]:
+    """A CT, by default ``small_chest(seed)``, as an axial series ``1.2.<seed>.<series>`` of study ``1.2.<seed>``."""
+    volume = volume or small_chest(seed, emboli=2)[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for k in range(0, volume.shape[0], every):
+        position = tuple(volume.to_lps_mm((k, 0, 0)).tolist())
+        usual = {
+            "StudyInstanceUID": f"1.2.{seed}",
+            "SeriesInstanceUID": f"1.2.{seed}.{series}",
+            "SeriesNumber": series,
+            "PatientID": f"patient-{seed}",
+            "StudyDate": "20260102",
+            "StudyDescription": "CT PE",
+            "PixelSpacing": list(volume.spacing_mm[1:]),
+            "FrameOfReferenceUID": f"1.2.{seed}.0",
+            "InstanceNumber": k + 1,
+        }
+        dataset = dicom_slice((volume.voxels[k] + 1024).astype(np.uint16), position, **{**usual, **tags})
+        files.append(folder / f"{seed}-{series}-{k}.dcm")
+        dataset.save_as(files[-1], enforce_file_format=True)
+    return files

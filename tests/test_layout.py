@@ -184,9 +184,7 @@ def test_the_command_line_imports_nothing_heavy_before_it_must():
     heavy = {"torch", "SimpleITK", "monai", "scipy", "matplotlib", "sklearn", "skimage", "numpy"}
     names = ("common/errors", "common/progress", "common/__init__", "__main__", "__init__")
     modules = [ROOT / "pe_app" / f"{name}.py" for name in names]
-    loaded_when_asked_for = "starter.py"  # by ``LazyGroup``, as the folder train is
-    verbs = [path for path in (ROOT / "pe_app" / "cli").glob("*.py") if path.name != loaded_when_asked_for]
-    for path in (*modules, *verbs):
+    for path in (*modules, *(ROOT / "pe_app" / "cli").glob("*.py")):
         assert not imports_at_the_top(path) & heavy
 
 

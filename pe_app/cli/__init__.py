@@ -29,12 +29,13 @@ from pe_app.cli.import_ import import_
 from pe_app.cli.import_dataset import import_dataset
 from pe_app.cli.import_seg import import_seg
 from pe_app.cli.label_reports import label_reports
-from pe_app.cli.lazy import StarterGroup, TrainGroup
+from pe_app.cli.lazy import TrainGroup
 from pe_app.cli.machine import with_machine_options
 from pe_app.cli.options import EXIT_BAD_INPUT
 from pe_app.cli.others import VerbsOfOthers
 from pe_app.cli.phantom import phantom
 from pe_app.cli.recipe import public
+from pe_app.cli.starter import app as starter_app
 from pe_app.cli.watch import watch
 from pe_app.common.errors import InputError
 from pe_app.common.memory import keep_freed_memory
@@ -72,7 +73,6 @@ app.command(rich_help_panel=PREPARE)(phantom)
 app.add_typer(train_app, name="train", rich_help_panel=TRAIN)
 app.command(rich_help_panel=TRAIN)(with_machine_options(encode))
 recipe_app.command()(with_machine_options(public))
-starter_app = typer.Typer(no_args_is_help=True, cls=StarterGroup, help="The model that ships, in three steps.")
 recipe_app.add_typer(starter_app, name="starter")
 app.add_typer(recipe_app, name="recipe", rich_help_panel=TRAIN)
 app.command(rich_help_panel=EVALUATE)(with_machine_options(evaluate))

@@ -32,9 +32,3 @@ class TrainGroup(LazyGroup):
     """The verbs of train: their options are made from the settings they train with."""
 
     module = "pe_app.cli.train"
-
-
-class StarterGroup(LazyGroup):
-    """The steps of recipe starter."""
-
-    module = "pe_app.cli.starter"

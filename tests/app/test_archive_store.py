@@ -15,8 +15,8 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from app_server import Server, chest
-from conftest import dicom_slice
 from orthanc import PASSWORD, USER, running_orthanc
+from small_series import write_dicom
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
 from typer.testing import CliRunner
 
@@ -26,7 +26,6 @@ from pe_app.cli import app as command_line
 from pe_app.common.errors import InputError
 from pe_app.common.progress import Cancelled
 from pe_app.ct.source_series import read_source, source_path
-from pe_app.ct.volume import Volume
 from pe_app.ct.volume_io import read_volume
 from pe_app.model.detector import Detector
 from pe_app.pacs.dicomweb import Access, Archive, Incomplete, Limits, Unavailable
@@ -35,32 +34,6 @@ from pe_app.pacs.dicomweb import Access, Archive, Incomplete, Limits, Unavailabl
 import pe_monailabel.store.archive
 from pe_monailabel.store.archive import ArchiveSettings, ArchiveStore
 from pe_monailabel.store.studies import StudyStore
-
-
-def write_dicom(
-    folder: Path, seed: int, series: int = 1, every: int = 1, volume: Volume | None = None, **tags: object
-) -> list[Path]:
-    """A CT, by default ``small_chest(seed)``, as an axial series ``1.2.<seed>.<series>`` of study ``1.2.<seed>``."""
-    volume = volume or small_chest(seed, emboli=2)[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for k in range(0, volume.shape[0], every):
-        position = tuple(volume.to_lps_mm((k, 0, 0)).tolist())
-        usual = {
-            "StudyInstanceUID": f"1.2.{seed}",
-            "SeriesInstanceUID": f"1.2.{seed}.{series}",
-            "SeriesNumber": series,
-            "PatientID": f"patient-{seed}",
-            "StudyDate": "20260102",
-            "StudyDescription": "CT PE",
-            "PixelSpacing": list(volume.spacing_mm[1:]),
-            "FrameOfReferenceUID": f"1.2.{seed}.0",
-            "InstanceNumber": k + 1,
-        }
-        dataset = dicom_slice((volume.voxels[k] + 1024).astype(np.uint16), position, **{**usual, **tags})
-        files.append(folder / f"{seed}-{series}-{k}.dcm")
-        dataset.save_as(files[-1], enforce_file_format=True)
-    return files
 
 
 @pytest.fixture(scope="module")

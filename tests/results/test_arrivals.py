@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 from app_server import chest
 from orthanc import PASSWORD, USER, running_orthanc
+from small_series import write_dicom
 from small_studies import CLASSIFIER, ENCODER, SLABS, small_chest
-from test_archive_store import write_dicom
 from typer.testing import CliRunner
 
 from pe_app.cli import app
