@@ -213,8 +213,8 @@ def _header(path: Path, header: pydicom.Dataset, place: pydicom.Dataset, frame: 
         description=str(header.get("SeriesDescription") or ""),
         modality=str(header.get("Modality") or ("CT" if is_ct else "")),
         image_type="\\".join([types] if isinstance(types, str) else types).upper(),
-        colour=_whole(header, "SamplesPerPixel", 1) != 1,
-        frames=_whole(header, "NumberOfFrames", 1),
+        colour=_whole(header, "SamplesPerPixel", 1) > 1,
+        frames=_whole(header, "NumberOfFrames", 1) or 1,
         matrix=(int(header.Rows), int(header.Columns)),
         position_mm=_numbers(place, "ImagePositionPatient", 3),
         orientation=_numbers(place, "ImageOrientationPatient", 6),
@@ -301,7 +301,7 @@ def _number(header: pydicom.Dataset, keyword: str) -> float:
 def _whole(header: pydicom.Dataset, keyword: str, otherwise: int) -> int:
     """One whole number; ``otherwise`` where the tag is missing, empty or no number."""
     number = _number(header, keyword)
-    return int(number) if np.isfinite(number) and number else otherwise
+    return int(number) if np.isfinite(number) else otherwise
 
 
 _NEEDED = {

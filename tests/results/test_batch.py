@@ -282,7 +282,7 @@ def test_cancelling_stops_between_steps_and_what_is_done_stays(tmp_path, studies
         run(studies, tmp_path / "out", total=3, progress=progress)
     assert [line["study"] for line in lines_of(tmp_path / "out")] == ["a"]
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "1 of 1 analysed" in page
+    assert "1 of 3 analysed" in page
     assert "2 waiting" in page
 
 
