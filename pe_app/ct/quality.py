@@ -145,10 +145,8 @@ def read_limits(path: Path | None = None, accept: Sequence[str] = (), refuse: Se
             if not isinstance(settings, dict) or not settings.keys() <= known:
                 raise ValueError(f"expected an object with some of {', '.join(sorted(known))}")
             limits = read_as(TypeAdapter(QualityLimits), settings)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: is no file of quality limits ({str(error).splitlines()[0]})") from error
+        except (OSError, ValueError) as error:  # InputError is a ValueError
+            raise InputError(f"{path}: is not a file of quality limits ({str(error).splitlines()[0]})") from error
     return replace(limits, accept=(*limits.accept, *accept), refuse=(*limits.refuse, *refuse))
 
 

@@ -174,7 +174,7 @@ def test_a_safe_door_is_let_stand(door, host, given):
 
 
 def test_serve_tells_an_unsafe_door_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("pe_monailabel.cli.serve.DEFAULT_FILE", tmp_path / "tokens.json")
+    monkeypatch.setattr(sys.modules["pe_monailabel.cli.serve"], "DEFAULT_FILE", tmp_path / "tokens.json")
     done = pe_app("serve", tmp_path, "--host", "0.0.0.0")
     assert isinstance(done.exception, InputError)
     assert "pe-app tokens add" in str(done.exception)
@@ -277,7 +277,6 @@ def test_without_a_token_the_server_says_how_to_get_one(served):
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "/"),
         ("GET", "/docs"),
         ("GET", "/redoc"),
         ("GET", "/openapi.json"),
@@ -436,7 +435,7 @@ def test_the_slicer_client_works_with_token_and_certificate_and_says_what_is_wro
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(served.certificate))
     assert "asks for a token" in sentence("", Client.connect)
     assert "does not accept this token" in sentence("wrong", Client.connect)
-    assert "role annotator" in sentence(served.token["rita"], lambda client: client.put_study_label("one", "negative"))
+    assert "role annotator" in sentence(served.token["rita"], lambda client: client.put_study_label("one", "negative", None))
     client = Client(served.address, served.token["ann"], reader="mallory")
     assert client.connect().model.name
     assert client.reader == "ann", "what others see beside the study is what this reader sees"

@@ -296,7 +296,7 @@ def test_the_enhanced_series_is_taken_before_a_longer_native_one(write_series, t
     def by_first_voxel(volume, limits):
         return () if volume.voxels[0, 0, 0] > 0 else (Reason("no_contrast", "dark", True),)
 
-    monkeypatch.setattr("pe_app.pacs.importing.run.check_study", by_first_voxel)
+    monkeypatch.setattr("pe_app.pacs.importing.conversion.check_study", by_first_voxel)
     same = {"PatientID": "A1", "StudyInstanceUID": "1.2.1", "folder": tmp_path / "disc"}
     native, enhanced = np.zeros((9, 6, 7), np.uint16), np.zeros((8, 6, 7), np.uint16)
     enhanced[0, 0, 0] = 1500

@@ -108,7 +108,7 @@ def test_the_table_is_that_of_scikit_learn(compared):
         assert float(written[outcome.system]["auc"]) == pytest.approx(expected, abs=1e-4)
     page = (out / "index.html").read_text()
     assert "Research use only" in page
-    assert "say nothing of patients" in page
+    assert "do not apply to patients" in page
     assert "http" not in page
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 

@@ -167,7 +167,7 @@ def test_figures_of_a_detector_that_sees_every_clot_and_of_one_that_guesses():
     assert found["by luck 0.3 to 3 ml"][0] == found["pointing by luck"][0] == 0.0
     assert found["specificity"] == (1.0, 1.0, 1.0)
     # of the three slabs that the clot reaches, one shows it: 1 for that, 1/2 for the others
-    assert found["slab AUC, twins at the same level, 1 to 3 ml"][0] == pytest.approx(2 / 3, abs=0.06)
+    assert found["slab AUC, matched pairs at the same level, 1 to 3 ml"][0] == pytest.approx(2 / 3, abs=0.06)
     swapped = [SeenPair(pair.patient, pair.without, pair.with_clots, pair.clots) for pair in pairs]
     guessed = figures(swapped, lambda seen: float(seen.probabilities.max()), 0.6)
     assert (guessed["study AUC"][0], guessed["by luck 0.3 to 3 ml"][0]) == (0.0, 1.0)
