@@ -435,7 +435,9 @@ def test_the_slicer_client_works_with_token_and_certificate_and_says_what_is_wro
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(served.certificate))
     assert "asks for a token" in sentence("", Client.connect)
     assert "does not accept this token" in sentence("wrong", Client.connect)
-    assert "role annotator" in sentence(served.token["rita"], lambda client: client.put_study_label("one", "negative", None))
+    assert "role annotator" in sentence(
+        served.token["rita"], lambda client: client.put_study_label("one", "negative", None)
+    )
     client = Client(served.address, served.token["ann"], reader="mallory")
     assert client.connect().model.name
     assert client.reader == "ann", "what others see beside the study is what this reader sees"

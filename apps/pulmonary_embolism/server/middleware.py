@@ -139,8 +139,8 @@ class Guard:
                 "the request names another host than this server: use 127.0.0.1"
                 + ("" if self.hosts is None else ", its address, or a name given to pe-app serve with --allow-host"),
             )
-        # a proxy may speak https for this server
-        schemes = {scope.get("scheme", "http"), headers.get("x-forwarded-proto", "http")}
+        spoken = scope.get("scheme", "http")
+        schemes = {spoken, headers.get("x-forwarded-proto", spoken)}  # a proxy may speak https for this server
         own = {f"{scheme}://{hosts[0]}".lower() for scheme in schemes}
         foreign = any(value.lower() not in own for value in headers.getlist("origin"))
         if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
