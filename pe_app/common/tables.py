@@ -1,13 +1,18 @@
-"""CSV files that people bring: study lists, reports and labels are all read here, so that all are read alike."""
+"""CSV files: what people bring is all read here, and what we write is all written here.
+
+A spreadsheet runs a text that begins like a formula. We put an apostrophe before such a text, which a spreadsheet shows
+as text, and take it away when we read, so that what was written is what is read.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import io
+import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from pe_app.common.errors import InputError
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """What separates columns: a comma by the standard, a semicolon in Excel where the comma is the decimal mark."""
 
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SEP_LINE = re.compile(r'\s*"?sep=(.)"?[ \t;,]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
 
@@ -77,7 +83,7 @@ def read_table(path: Path, spelled: Callable[[str], str] = str) -> Table:
     try:
         for cells in reader:
             place, line = f"{path.name} line {lines_before + line}", reader.line_num + 1
-            cells = [cell.strip() for cell in cells]
+            cells = [_read_text(cell.strip()) for cell in cells]
             if not any(cells):
                 continue
             if columns is None:
@@ -105,13 +111,32 @@ def require_columns(table: Table, columns: Sequence[str], known: Sequence[str]) 
             )
 
 
-def table_text(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A CSV that ``read_table`` reads back."""
+def table_text(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A CSV that ``read_table`` reads back and that runs nothing in a spreadsheet; None is an empty value."""
+    return rows_text([columns, *rows])
+
+
+def rows_text(rows: Iterable[Iterable[object]]) -> str:
+    """Lines of such a CSV, to be appended to one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerows([_written(value) for value in row] for row in rows)
     return text.getvalue()
+
+
+def _written(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _is_number(value) else value
+
+
+def _read_text(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _decoded(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 import pe_app
 from pe_app.common.files import write_durably
 from pe_app.common.progress import ProgressCallback, silent
+from pe_app.common.tables import table_text
 from pe_app.evaluation.curves import draw_curves
 from pe_app.evaluation.evaluate import MODEL, Estimate, Evaluation, Localisation, ModelEvaluation
 from pe_app.evaluation.pictures import draw_pictures
@@ -90,9 +90,8 @@ def metrics(evaluation: Evaluation, date: str) -> dict[str, object]:
 
 def predictions_csv(evaluation: Evaluation) -> str:
     """One line a study and model."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
+    rows = []
+    columns = (
         ("study", "patient", "label", "model", "status", "probability", "called", "slice_spacing_mm", "pointing",
          "energy_inside", "key_slice_hit_3", "image_sha256", "model_sha256", "reason")
     )  # fmt: skip
@@ -120,8 +119,8 @@ def predictions_csv(evaluation: Evaluation) -> str:
                 model.sha256,
                 entry.reason,
             )
-            writer.writerow(["" if cell is None else cell for cell in row])
-    return text.getvalue()
+            rows.append(row)
+    return table_text(columns, rows)
 
 
 def warnings_of(evaluation: Evaluation) -> tuple[str, ...]:

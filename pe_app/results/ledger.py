@@ -5,8 +5,6 @@ A third file names the studies that were begun and not ended: what a process die
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import threading
 from collections.abc import Iterable, Mapping
@@ -15,6 +13,7 @@ from pathlib import Path
 from pe_app.common.errors import InputError
 from pe_app.common.files import append_durably, write_durably
 from pe_app.common.schema import json_text
+from pe_app.common.tables import rows_text
 from pe_app.model.detection import Candidate, Detection
 from pe_app.results.find_studies import BatchStudy
 from pe_app.results.outcome import RESULTS, Outcome
@@ -149,15 +148,5 @@ def _place(detection: Detection | None, candidate: Candidate | None) -> tuple[ob
 
 
 def _csv_lines(rows: Iterable[Iterable[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        writer.writerow([_cell(value) for value in row])
-    return text.getvalue().encode()
-
-
-def _cell(value: object) -> object:
-    """A spreadsheet runs a text that begins like a formula: a study's name is no program."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+    lines = ([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
+    return rows_text(lines).encode()

@@ -1,6 +1,11 @@
 """Tables as spreadsheets and databases write them."""
 
+import csv
+import math
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pe_app.common.errors import InputError
 from pe_app.common.tables import read_table, table_text
@@ -63,3 +68,14 @@ def test_what_is_written_is_read_again(tmp_path):
     assert values(read(tmp_path, table_text(("study", "report"), rows))) == [
         {"study": study, "report": report} for study, report in rows
     ]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="'=+-@1e.a ", min_size=1, max_size=6).map(str.strip), min_size=2, max_size=2))
+def test_a_spreadsheet_runs_nothing_that_is_written_and_a_program_reads_it_back(tmp_path_factory, cells):
+    text = table_text(("study", "report"), [["x", cells[0]], ["y", cells[1]]])
+    for cell in (row[1] for row in csv.reader(text.splitlines()[1:])):
+        runs = cell[:1] in tuple("=+-@")
+        assert not runs or math.isfinite(float(cell))  # "-0.5" is a number to a spreadsheet, too
+    found = values(read(tmp_path_factory.mktemp("table"), text))
+    assert [row["report"] for row in found] == cells

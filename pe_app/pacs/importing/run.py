@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import re
 import shutil
@@ -21,6 +19,7 @@ from filelock import FileLock, Timeout
 from pe_app.common.errors import InputError, UnfitStudy
 from pe_app.common.files import write_durably
 from pe_app.common.progress import Progress, ProgressCallback, silent
+from pe_app.common.tables import table_text
 from pe_app.common.worker_pool import Processes
 from pe_app.ct.dicom_headers import SliceHeader, by_series, read_headers
 from pe_app.ct.dicom_stack import in_order_of_choice, unsuitable
@@ -440,8 +439,4 @@ def _folder_of(file: SourceFile) -> tuple[Path, str]:
 
 
 def _table(lines: Sequence[ImportLine]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(astuple(line) for line in lines)
-    return text.getvalue()
+    return table_text(COLUMNS, (astuple(line) for line in lines))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +16,7 @@ from scipy import stats
 
 import pe_app
 from pe_app.common.files import replacing, write_durably
+from pe_app.common.tables import table_text
 from pe_app.evaluation.evaluate import Estimate
 from pe_app.evaluation.pictures import BACKGROUND, INK, MUTED
 from pe_app.evaluation.report import Section, Table, web_page
@@ -154,9 +153,8 @@ def summary(table: Sequence[Row]) -> tuple[str, ...]:
 
 def comparison_csv(table: Sequence[Row]) -> str:
     """One line a system, numbers as they are; what is not known is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
+    rows = []
+    columns = (
         ("system", "title", "seeds", "auc", "auc_low", "auc_high", "auc_seeds_low", "auc_seeds_high", "auc_by_seed",
          "accuracy", "difference", "difference_low", "difference_high", "p", "pointing_study", "slab_auc", "auc_tiny",
          "auc_irrelevant", *(f"auc_{kind}" for kind in get_args(Nuisance)), "auc_plain",
@@ -172,8 +170,8 @@ def comparison_csv(table: Sequence[Row]) -> str:
             *(row.nuisance_aucs.get(kind) for kind in get_args(Nuisance)), row.plain_auc,
             row.parameters, row.training_studies, row.seconds, row.system.paper_auc,
         )  # fmt: skip
-        writer.writerow(["" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells])
-    return text.getvalue()
+        rows.append([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells])
+    return table_text(columns, rows)
 
 
 def draw_comparison(table: Sequence[Row]) -> Figure:
