@@ -228,6 +228,15 @@ def test_only_ct_files_of_the_folder_itself_are_studies(studies, chest, tmp_path
         store.volume("../one")
 
 
+def test_a_ct_whose_ending_is_in_capitals_is_served(studies, chest):
+    write_volume(chest[0], studies / "upper.nii.gz")
+    (studies / "upper.nii.gz").rename(studies / "UPPER.NII.GZ")
+    store = StudyStore(studies)
+    assert store.list_images() == ["UPPER", "one", "two"]
+    assert store.facts("UPPER") == store.facts("one")  # read like any other: the same voxels
+    assert Path(store.get_image_uri("UPPER")).name == "UPPER.NII.GZ"
+
+
 def test_files_that_come_and_go_are_noticed(studies):
     store = StudyStore(studies)
     shutil.copy(studies / "one.nrrd", studies / "three.nrrd")

@@ -701,7 +701,8 @@ class StudyStore(LocalDatastore):
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 name = entry.name
-                if not name.endswith(IMAGE_ENDINGS) or name.endswith(".seg.nrrd") or name.startswith("."):
+                lower = name.lower()
+                if not lower.endswith(IMAGE_ENDINGS) or lower.endswith(".seg.nrrd") or name.startswith("."):
                     continue
                 if not is_listed(name):
                     logger.warning("%a is ignored: give it a shorter name of printable characters", name)
