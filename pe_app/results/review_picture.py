@@ -63,7 +63,7 @@ def _draw_header(figure: Figure, detection: Detection, name: str) -> None:
     figure.text(0.99, 0.965, NOTICE, color=_WARNING, fontsize=12, weight="bold", va="center", ha="right")
     codes = ", ".join(reason.code for reason in detection.reasons)
     note = f"model {detection.model.name} {detection.model.version}" + (f"   ({codes})" if codes else "")
-    figure.text(0.99, 0.925, note, color=_WARNING if codes else _MUTED, fontsize=10, va="center", ha="right")
+    figure.text(0.012, 0.876, note, color=_WARNING if codes else _MUTED, fontsize=10, va="center")
 
 
 def _draw_front(axes: Axes, volume: Volume, attention: Volume | None, chosen: tuple[int, ...]) -> None:
